@@ -1,0 +1,19 @@
+"""The selection branch of Native Sparse Attention (arXiv 2502.11089): a Triton kernel and its PyTorch references."""
+
+from . import reference, spans
+from .api import choose_route, selection_attention
+from .config import ConfigError, SelConfig
+from .routing import Route, UnsupportedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Route",
+    "SelConfig",
+    "UnsupportedError",
+    "choose_route",
+    "reference",
+    "selection_attention",
+    "spans",
+]

@@ -1,0 +1,118 @@
+"""The only place that says what a range means.
+
+A span `[start, end)` selects the KV tokens start, …, end-1. It is clamped to `[0, S_kv]`; with `end <= start` it is empty.
+A row is the concatenation of its spans in the order given: spans may touch, overlap and come in any order, and a key
+that two spans cover counts twice, exactly as packing the row would make it.
+Source: NSA (arXiv 2502.11089), section 3.3.2, token selection.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clamp(ranges: Tensor, S_kv: int) -> tuple[Tensor, Tensor]:
+    """Return the spans' starts and ends inside the context, int64 [B, S, G, n_spans], with 0 <= start <= end <= S_kv."""
+    bounds = ranges.clamp(0, S_kv).long()
+    starts = bounds[..., 0]
+    return starts, torch.maximum(bounds[..., 1], starts)
+
+
+def lengths(ranges: Tensor, S_kv: int) -> Tensor:
+    """Return L of every row, int64 [B, S, G]."""
+    starts, ends = clamp(ranges, S_kv)
+    return (ends - starts).sum(-1)
+
+
+def token_index(ranges: Tensor, S_kv: int, max_len: int, *, ragged: bool = True) -> tuple[Tensor, Tensor]:
+    """Return each row's token positions, int64 [B, S, G, max_len], and which of them are real, bool of the same shape.
+
+    The rest is padding: it repeats the row's last token (token 0 in an empty row). `ragged=False` promises that every
+    row has L = max_len and saves the work for the padding. Every index lies in [0, S_kv), whatever the ranges hold;
+    S_kv must be at least 1. No device sync, no loop over rows or spans.
+    """
+    starts, ends = clamp(ranges, S_kv)
+    place = torch.arange(max_len, device=ranges.device)
+    shape = (*ranges.shape[:3], max_len)
+    if ranges.shape[3] == 0:
+        return torch.zeros(shape, dtype=torch.int64, device=ranges.device), torch.zeros_like(place < 0).expand(shape)
+    stops = (ends - starts).cumsum(-1)  # [B, S, G, n_spans]: where each span stops in the packed row
+    L = stops[..., -1:]
+    valid = place < L
+    spot = torch.minimum(place, (L - 1).clamp(min=0)) if ragged else place.expand(shape)
+    if ranges.shape[3] == 1:
+        index = starts + spot
+    else:
+        # In the packed row span j sits at stops[j] - length, so token = place + ends[j] - stops[j].
+        shift = ends - stops
+        if torch.compiler.is_compiling():  # searchsorted does not fuse, and its code generation fails for small L
+            jump = torch.diff(shift, dim=-1)
+            index = spot + shift[..., :1] + torch.where(spot[..., None] >= stops[..., None, :-1], jump[..., None, :], 0).sum(-1)
+        else:
+            span = torch.searchsorted(stops, spot.contiguous(), right=True).clamp(max=ranges.shape[3] - 1)
+            index = spot + shift.gather(-1, span)
+    return index.clamp(0, S_kv - 1), valid
+
+
+def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int | None = None) -> None:
+    """Check that every span lies in the context and that the length hints hold. Costs one device sync.
+
+    Raises:
+        ValueError: names the first row `(b, s, g)` and span with an end outside `[0, S_kv]`, or the row whose L
+            contradicts `min_len` or `max_len`.
+    """
+    bad_span = ((ranges < 0) | (ranges > S_kv)).any(-1)
+    L = lengths(ranges, S_kv)
+    bad_low = L < (0 if min_len is None else min_len)
+    bad_high = torch.zeros_like(bad_low) if max_len is None else L > max_len
+    if L.numel() == 0 or not (bad_span.any() | bad_low.any() | bad_high.any()).item():
+        return
+    if bad_span.any():
+        b, s, g, n = bad_span.nonzero()[0].tolist()
+        start, end = ranges[b, s, g, n].tolist()
+        raise ValueError(
+            f"ranges: value is [{start}, {end}) in row (b={b}, s={s}, g={g}), span {n}, "
+            f"expected both ends in [0, {S_kv}]"
+        )
+    name, bad, bound = ("min_len", bad_low, min_len) if bad_low.any() else ("max_len", bad_high, max_len)
+    b, s, g = bad.nonzero()[0].tolist()
+    relation = "at most" if name == "min_len" else "at least"
+    raise ValueError(
+        f"{name}: value is {bound}, expected {relation} {int(L[b, s, g])}, the length of row (b={b}, s={s}, g={g})"
+    )
+
+
+def dense_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Present packed rows of one length as the operation's arguments: B = N, S = G = 1, one span (0, L) a row.
+
+    q [N, H, D], k [N, L, D], v [N, L, Dv] → q [N, 1, 1, H, D], k [N, 1, L, D], v [N, 1, L, Dv], ranges int32. Views, no copy.
+    """
+    N, L = k.shape[:2]
+    ranges = torch.tensor([0, L], dtype=torch.int32, device=q.device).repeat(N, 1).view(N, 1, 1, 1, 2)
+    return q[:, None, None], k[:, None], v[:, None], ranges
+
+
+def varlen_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Present packed rows of different lengths as the operation's arguments: one sequence, S = N, one span a row.
+
+    q [N, H, D], k [T, D], v [T, Dv], cu_seqlens int32 or int64 [N+1] → q [1, N, 1, H, D], k [1, 1, T, D], v [1, 1, T, Dv], ranges
+    [1, N, 1, 1, 2] with span (cu_seqlens[i], cu_seqlens[i+1]) in row i.
+    """
+    ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=-1).view(1, -1, 1, 1, 2)
+    return q[None, :, None], k[None, None], v[None, None], ranges
+
+
+def block_ranges(blocks: Tensor, block_size: int, context: int | Tensor) -> Tensor:
+    """Turn selected block numbers into ranges clamped to the context: the decode and causal prefill layouts of NSA.
+
+    blocks int [B, S, G, n_spans]: block b becomes [b·block_size, min((b+1)·block_size, context)); b < 0 is an empty span.
+    context: tokens that a row may see (t, or t+1 counting the query's own), an int or a tensor that broadcasts to blocks.
+    Returns ranges int32 [B, S, G, n_spans, 2].
+    """
+    starts = blocks.long() * block_size
+    ends = starts + block_size
+    limit = torch.as_tensor(context, device=blocks.device)
+    starts, ends = torch.minimum(starts, limit), torch.minimum(ends, limit)
+    chosen = blocks >= 0
+    return torch.stack((torch.where(chosen, starts, 0), torch.where(chosen, ends, 0)), dim=-1).int()
