@@ -1,0 +1,1 @@
+"""Measure the selection kernel: cases, inputs, timing, comparison and report."""

@@ -1,0 +1,100 @@
+"""The routing rule: toggles, GPU, length and capability in; the backend and one plain sentence out.
+
+Source: issue 2, "Routing and toggles".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nsa_sel.config import SelConfig
+
+BACKENDS = ("auto", "triton", "packed_sdpa", "masked_sdpa")
+
+
+class UnsupportedError(RuntimeError):
+    """Report that a backend that was asked for by name cannot run this call, and why."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Name the backend that runs a call, and the reason in one sentence."""
+
+    backend: str
+    reason: str
+
+
+def decide(
+    backend: str,
+    *,
+    config: SelConfig,
+    gpu_name: str | None,
+    max_len: int | Callable[[], int],
+    needs_grad: bool,
+    unsupported: str | None,
+) -> Route:
+    """Choose the backend of one call.
+
+    gpu_name: the CUDA device that holds the tensors; None if they are not on one.
+    max_len: the longest row's L in tokens, or a function that finds it, called only if the length decides.
+    needs_grad: whether the result must be differentiable.
+    unsupported: why the Triton kernel cannot run these tensors; None if it can.
+
+    An explicit backend never falls back. `"auto"` never picks Triton without a GPU: its interpreter is for tests.
+
+    Raises: ValueError for an unknown backend; UnsupportedError if Triton is asked for by name and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: value is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton":
+        obstacle = _kill_switch(config) or _no_gradient(needs_grad) or unsupported
+        if obstacle:
+            raise UnsupportedError(f"backend: value is 'triton', which cannot run this call: {obstacle}")
+        return _ASKED[backend]
+    if backend != "auto":
+        return _ASKED[backend]
+    if config.force_parity:
+        return Route("packed_sdpa", _kill_switch(config) or "")
+
+    fallback = "packed_sdpa" if config.use_sel_pack else "masked_sdpa"
+    obstacle = _switched_off(config) or _no_gradient(needs_grad) or _no_device(gpu_name) or unsupported
+    obstacle = obstacle or _not_measured(config, gpu_name)
+    if obstacle:
+        return Route(fallback, obstacle)
+    threshold = config.min_len_for(gpu_name)
+    if threshold is None:
+        return Route(fallback, f"sel_triton_min_L is null (never) for {gpu_name}")
+    length = max_len() if callable(max_len) else max_len
+    if length < threshold:
+        return Route(fallback, f"L={length} is below sel_triton_min_L={threshold}")
+    return Route("triton", f"L={length} is at least sel_triton_min_L={threshold}")
+
+
+_ASKED = {backend: Route(backend, f"backend={backend!r} was asked for") for backend in BACKENDS if backend != "auto"}
+
+
+def _kill_switch(config: SelConfig) -> str | None:
+    if config.force_parity:
+        return f"NSA_FORCE_PARITY is on (set by {config.sources['force_parity']})"
+    return None
+
+
+def _switched_off(config: SelConfig) -> str | None:
+    if config.use_triton_sel is False:
+        return f"NSA_USE_TRITON_SEL is 0 (set by {config.sources['use_triton_sel']})"
+    return None
+
+
+def _no_gradient(needs_grad: bool) -> str | None:
+    return "gradients needed, and the Triton kernel has no backward pass" if needs_grad else None
+
+
+def _no_device(gpu_name: str | None) -> str | None:
+    return "no CUDA device" if gpu_name is None else None
+
+
+def _not_measured(config: SelConfig, gpu_name: str | None) -> str | None:
+    if config.use_triton_sel == "auto" and not config.has_entry(gpu_name):
+        return f"NSA_USE_TRITON_SEL is auto and sel_triton_min_L has no measured entry for {gpu_name}"
+    return None
