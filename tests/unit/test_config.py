@@ -178,7 +178,8 @@ def test_load_reads_the_process_environment_again(monkeypatch):
 def test_min_len_is_looked_up_by_gpu_name_then_default(yaml_file):
     loaded = SelConfig.load(yaml_file("runtime: {sel_triton_min_L: {default: 96, Measured: 32, Slow: null}}"), {})
     assert [loaded.min_len_for(name) for name in ("Measured", "Slow", "Other", None)] == [32, None, 96, 96]
-    assert [loaded.has_entry(name) for name in ("Measured", "Slow", "Other", "default", None)] == [True, True] + [False] * 3
+    assert loaded.has_entry("Measured") and loaded.has_entry("Slow")
+    assert not any(loaded.has_entry(name) for name in ("Other", "default", None))
 
 
 def test_a_map_without_default_keeps_the_built_in_one(yaml_file):

@@ -23,7 +23,9 @@ def test_auto_chooses_triton_on_a_measured_gpu():
     assert route() == Route("triton", "L=512 is at least sel_triton_min_L=32")
 
 
-@pytest.mark.parametrize(("length", "backend"), [(31, "packed_sdpa"), (32, "triton"), (33, "triton"), (0, "packed_sdpa")])
+@pytest.mark.parametrize(
+    ("length", "backend"), [(31, "packed_sdpa"), (32, "triton"), (33, "triton"), (0, "packed_sdpa")]
+)
 def test_the_threshold_is_inclusive(length, backend):
     assert route(max_len=length).backend == backend
 
@@ -77,7 +79,9 @@ def test_a_call_without_a_gpu_that_needs_gradients_says_so():
     assert route(gpu_name=None, needs_grad=True).reason.startswith("gradients needed")
 
 
-@pytest.mark.parametrize("obstacle", [{"needs_grad": True}, {"gpu_name": None}, {"max_len": 1}, {"use_triton_sel": False}])
+@pytest.mark.parametrize(
+    "obstacle", [{"needs_grad": True}, {"gpu_name": None}, {"max_len": 1}, {"use_triton_sel": False}]
+)
 def test_every_fallback_is_masked_sdpa_without_packing(obstacle):
     assert route(use_sel_pack=False, **obstacle).backend == "masked_sdpa"
     assert route(use_sel_pack=True, **obstacle).backend == "packed_sdpa"
@@ -115,7 +119,10 @@ def test_a_backend_asked_for_by_name_runs_whatever_auto_would_do(backend, agains
 
 @pytest.mark.parametrize(
     ("obstacle", "reason"),
-    [({"needs_grad": True}, "gradients needed"), ({"unsupported": "no GPU and no interpreter"}, "no GPU and no interp")],
+    [
+        ({"needs_grad": True}, "gradients needed"),
+        ({"unsupported": "no GPU and no interpreter"}, "no GPU and no interp"),
+    ],
 )
 def test_triton_asked_for_by_name_never_falls_back(obstacle, reason):
     with pytest.raises(UnsupportedError, match=f"^backend: value is 'triton', which cannot run this call: {reason}"):

@@ -1,0 +1,8 @@
+"""Run the command line: `python -m nsa_sel [VERB]`."""
+
+import sys
+
+from nsa_sel.bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The command `nsa-sel VERB`; with no verb, describe machine, versions, toggles and routing.
+
+Source: issue 2, "Routing and toggles".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+import torch
+
+import nsa_sel
+from nsa_sel.config import ConfigError, SelConfig
+
+# Imported only when asked for: `report` needs pandas and matplotlib, which a plain install does not have.
+VERBS = {
+    "compare": ("nsa_sel.bench.regress", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
+    "report": ("nsa_sel.bench.report", "tables and pictures from saved runs"),
+    "threshold": ("nsa_sel.bench.thresholds", "the length L from which Triton is safe to switch on here"),
+}
+EXAMPLE_LENGTHS = (16, 64, 256, 1024)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb, or describe this machine; return the exit code, 2 for a malformed toggle."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in VERBS:
+        module_name, _ = VERBS[argv[0]]
+        return importlib.import_module(module_name).main(argv[1:])
+    _parser().parse_args(argv)
+    try:
+        for line in describe(SelConfig.load()):
+            print(line)
+    except ConfigError as error:
+        print(f"nsa-sel: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(config: SelConfig) -> Iterator[str]:
+    """Yield the lines that say what runs here: machine, versions, toggles with their source, and what "auto" does."""
+    yield "Machine"
+    yield f"  CPU     {platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield from (f"  GPU {i}   {name}" for i, name in enumerate(gpus))
+    if not gpus:
+        yield "  GPU     none that torch can use"
+    yield "Versions"
+    yield f"  nsa_sel {nsa_sel.__version__}, python {platform.python_version()}"
+    yield f"  torch   {torch.__version__}, triton {_triton()}"
+    yield f"  CUDA    {torch.version.cuda or 'none in this torch'}, driver {_driver()}"
+    yield "Toggles"
+    for name, source in config.sources.items():
+        yield f"  {name:<17} {getattr(config, name)!s:<18} from {source}"
+    yield 'What backend="auto" does here (H=8, D=Dv=128, bf16, one span)'
+    for length in EXAMPLE_LENGTHS:
+        route = _auto_route(length, "cuda" if gpus else "cpu", config)
+        yield f"  L={length:<5} {route.backend:<12} {route.reason}"
+
+
+def _auto_route(length: int, device: str, config: SelConfig) -> nsa_sel.Route:
+    q = torch.zeros(1, 1, 1, 8, 128, dtype=torch.bfloat16, device=device)
+    kv = torch.zeros(1, 1, length, 128, dtype=torch.bfloat16, device=device)
+    ranges = torch.tensor([0, length], device=device).view(1, 1, 1, 1, 2)
+    return nsa_sel.choose_route(q, kv, kv, ranges, config=config, min_len=length, max_len=length)
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    """Return the NVIDIA driver's version, which neither torch nor Triton tells."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return answer.split("\n", 1)[0].strip() or "none"
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<10} {meaning}" for verb, (_, meaning) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="nsa-sel",
+        description="With no verb: machine, versions, toggles and where they came from, and what `auto` would do here.",
+        epilog=f"verbs, each with its own --help:\n{verbs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", nargs="?", choices=list(VERBS), metavar="VERB", help="see below")
+    parser.add_argument("--version", action="version", version=nsa_sel.__version__)
+    return parser
