@@ -27,7 +27,7 @@ class GateResult:
     ok: the gate's verdict. mae: mean absolute error of the batch. worst_row_mae_ratio: the largest row MAE over its own
     bound (1 is the limit). max_err: the largest absolute error; max_err_bound: the bound of the row that holds it
     (inf without `packed`). worst_max_err_ratio: the largest max error of a row over its own bound. message: what failed
-    and the first bad rows, or one line of figures.
+    and the first bad rows, or one line of figures. bad_row: the leading indices of the first bad row.
     """
 
     ok: bool
@@ -37,6 +37,7 @@ class GateResult:
     max_err_bound: float
     worst_max_err_ratio: float
     message: str
+    bad_row: tuple[int, ...] | None = None
 
 
 def check(
@@ -80,12 +81,13 @@ def check(
     worst_at = int(row_max.nan_to_num(float("inf")).argmax())
     ok = batch_ok and not bool(bad.any())
     figures = f"MAE {mae:.3g}, max error {float(row_max[worst_at]):.3g}"
-    message = figures
+    message, places = figures, [tuple(place) for place in bad.reshape(leading).nonzero().tolist()]
     if not ok:
         lines = [figures + ("" if batch_ok else f"; the batch MAE is above {BATCH_MAE_BOUND}")]
-        lines += [f"{int(bad.sum())} of {bad.numel()} rows are bad" + (", the first:" if bad.any() else "")]
-        for row in bad.nonzero().flatten().tolist()[:ROWS_SHOWN]:
-            lines.append(_describe(row, leading, got, want, err, mae_bound, max_bound, oracle.shape[-1]))
+        lines += [f"{len(places)} of {bad.numel()} rows are bad" + (", the first:" if places else "")]
+        for place, row in list(zip(places, bad.nonzero().flatten().tolist(), strict=True))[:ROWS_SHOWN]:
+            judged = (x[row] for x in (got, want, err, mae_bound, max_bound))
+            lines.append(f"row {place}: " + _describe(*judged, Dv=oracle.shape[-1]))
         message = "\n".join(lines)
     return GateResult(
         ok,
@@ -95,6 +97,7 @@ def check(
         float(max_bound[worst_at]),
         _worst_ratio(row_max, max_bound),
         message,
+        places[0] if places else None,
     )
 
 
@@ -109,20 +112,13 @@ def _worst_ratio(value: Tensor, bound: Tensor) -> float:
     return float(ratio.nan_to_num(float("inf")).max())
 
 
-def _describe(
-    row: int, leading: tuple[int, ...], got: Tensor, want: Tensor, err: Tensor, mae_bound: Tensor, max_bound: Tensor, Dv: int
-) -> str:
-    """Say where a bad row is, how bad, and what stands at its worst element."""
-    place: list[int] = []
-    rest = row
-    for size in reversed(leading):
-        place.insert(0, rest % size)
-        rest //= size
-    at = int(err[row].nan_to_num(float("inf")).argmax())
-    unwritten = int((~got[row].isfinite()).sum())
-    note = f", {unwritten} values not finite" if unwritten else ""
+def _describe(got: Tensor, want: Tensor, err: Tensor, mae_bound: Tensor, max_bound: Tensor, *, Dv: int) -> str:
+    """Say how bad one row is and what stands at its worst element."""
+    at = int(err.nan_to_num(float("inf")).argmax())
+    not_finite = int((~got.isfinite()).sum())
     return (
-        f"row {tuple(place)}: MAE {float(err[row].mean()):.3g} (bound {float(mae_bound[row]):.3g}), "
-        f"max error {float(err[row].max()):.3g} (bound {float(max_bound[row]):.3g}){note}; "
-        f"worst at h={at // Dv}, dv={at % Dv}: {float(got[row, at]):.6g}, oracle {float(want[row, at]):.6g}"
+        f"MAE {float(err.mean()):.3g} (bound {float(mae_bound):.3g}), "
+        f"max error {float(err.max()):.3g} (bound {float(max_bound):.3g})"
+        + (f", {not_finite} values not finite" if not_finite else "")
+        + f"; worst at h={at // Dv}, dv={at % Dv}: {float(got[at]):.6g}, oracle {float(want[at]):.6g}"
     )
