@@ -29,8 +29,10 @@ class ConfigError(ValueError):
 class SelConfig:
     """Hold the toggles of one call or of the process.
 
-    use_triton_sel: may `"auto"` choose Triton: "auto" = on GPUs with an entry in sel_triton_min_L, True = on any, False = never.
-    sel_triton_min_L: L in tokens from which it does, by GPU name plus "default"; None = never. An integer means every GPU.
+    use_triton_sel: may `"auto"` choose Triton: "auto" = on GPUs with an entry in sel_triton_min_L, True = on any,
+    False = never.
+    sel_triton_min_L: L in tokens from which it does, by GPU name plus "default"; None = never. An integer given in
+    place of the map means every GPU.
     use_sel_pack: fall back to packed SDPA (True) or masked SDPA (False).
     force_parity: kill switch: Triton never runs, SDPA runs without its flash and cuDNN backends.
     sel_validate: check ranges, at the cost of a device sync.
@@ -55,7 +57,8 @@ class SelConfig:
     def load(cls, path: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None) -> SelConfig:
         """Read the YAML file and the environment again, leaving `get_config()` as it is.
 
-        path: the YAML file; None: NSA_SEL_CONFIG, else configs/base.yaml of the working directory, else the packaged copy.
+        path: the YAML file; None: NSA_SEL_CONFIG, else configs/base.yaml of the working directory, else the packaged
+        copy.
         env: variables to read in place of os.environ.
 
         Raises: ConfigError for an unreadable file, an unknown key or a malformed value.

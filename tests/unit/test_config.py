@@ -1,6 +1,11 @@
 """Every toggle, each of its layers, and every way to get one wrong."""
 
+import shutil
+import subprocess
+import sys
 import threading
+import time
+import zipfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -168,6 +173,24 @@ def test_the_packaged_file_is_the_repository_file():
     assert packaged.read_bytes() == (REPOSITORY / "configs/base.yaml").read_bytes()
 
 
+def test_the_wheel_carries_the_repository_file(tmp_path):
+    pytest.importorskip("setuptools", "77", reason="setuptools >= 77 builds the wheel (extra: dev)")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("src", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        assert content.read("nsa_sel/base.yaml") == (REPOSITORY / "configs/base.yaml").read_bytes()
+        assert "nsa_sel/bench/cli.py" in content.namelist()
+
+
 def test_load_reads_the_process_environment_again(monkeypatch):
     monkeypatch.setenv("NSA_SEL_TRITON_MIN_L", "11")
     assert SelConfig.load().min_len_for(None) == 11
@@ -228,6 +251,7 @@ def test_the_process_reads_its_toggles_once_even_from_many_threads(fresh_cache, 
 
     def counting_load():
         reads.append(1)
+        time.sleep(0.05)  # time for the other threads to come in, were they let
         return real_load()
 
     monkeypatch.setattr(SelConfig, "load", counting_load)
