@@ -63,7 +63,7 @@ def packed_sdpa(
     B, S, G, H, D = q.shape
     S_kv, Dv = k.shape[2], v.shape[3]
     if min_len is None or max_len is None:
-        min_len, max_len = _length_bounds(ranges, S_kv)
+        min_len, max_len = length_bounds(ranges, S_kv)
     if max_len == 0 or S_kv == 0 or q.numel() == 0:
         return _zeros(q, k, v)
     ragged = min_len != max_len
@@ -133,7 +133,7 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, flat).view(B, G, S, L, x.shape[3])
 
 
-def _length_bounds(ranges: Tensor, S_kv: int) -> tuple[int, int]:
+def length_bounds(ranges: Tensor, S_kv: int) -> tuple[int, int]:
     """Read the shortest and the longest row's L with one device sync; (0, 0) without rows."""
     L = spans.lengths(ranges, S_kv)
     if L.numel() == 0:

@@ -1,0 +1,141 @@
+"""The public entry: check the arguments, route, run."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import reference, routing, spans
+from .config import SelConfig, get_config
+from .routing import Route, UnsupportedError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def selection_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    config: SelConfig | None = None,
+    min_len: int | None = None,
+    max_len: int | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """Attend from every row to the concatenation of its selected spans: softmax(q·kᵀ·scale)·v.
+
+    q [B, S, G, H, D], k [B, G, S_kv, D], v [B, G, S_kv, Dv] in fp16, bf16 or fp32, any strides but a contiguous last
+    dimension. ranges int32 or int64 [B, S, G, n_spans, 2]: half-open token spans, clamped to [0, S_kv]; see spans.py.
+    Returns [B, S, G, H, Dv], contiguous, in q's dtype; softmax and sums are fp32. A row without tokens gives zeros.
+
+    scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`), "triton", "packed_sdpa" and "masked_sdpa" run or
+    raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
+    validate: check ranges and hints, at the cost of a sync; None: as the toggle NSA_SEL_VALIDATE says.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a bad toggle.
+        UnsupportedError: the backend asked for by name cannot run this call, and why.
+    Source: NSA (arXiv 2502.11089), section 3.3.2.
+    """
+    config = get_config() if config is None else config
+    _check(q, k, v, ranges, min_len, max_len)
+    if config.sel_validate if validate is None else validate:
+        spans.validate(ranges, k.shape[2], min_len, max_len)
+    if backend == "auto" and max_len is None and q.numel():
+        min_len, max_len = reference.length_bounds(ranges, k.shape[2])
+    chosen = _route(q, k, v, ranges, backend, config, max_len).backend
+    if chosen == "triton":
+        from . import triton_fwd
+
+        return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+    exact = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if config.force_parity else contextlib.nullcontext()
+    with exact:
+        if chosen == "masked_sdpa":
+            return reference.masked_sdpa(q, k, v, ranges, scale=scale)
+        return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+
+
+def choose_route(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    *,
+    backend: str = "auto",
+    config: SelConfig | None = None,
+    min_len: int | None = None,
+    max_len: int | None = None,
+) -> Route:
+    """Say which backend `selection_attention` would run for this call, and why in one sentence. Arguments as there.
+
+    Raises: as `selection_attention`.
+    """
+    _check(q, k, v, ranges, min_len, max_len)
+    return _route(q, k, v, ranges, backend, get_config() if config is None else config, max_len)
+
+
+def _route(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, backend: str, config: SelConfig, max_len: int | None) -> Route:
+    on_gpu = q.device.type == "cuda"
+    return routing.decide(
+        backend,
+        config=config,
+        gpu_name=torch.cuda.get_device_name(q.device) if on_gpu else None,
+        max_len=(lambda: reference.length_bounds(ranges, k.shape[2])[1]) if max_len is None else max_len,
+        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        unsupported=_unsupported(q, k, v, ranges) if backend == "triton" or (backend == "auto" and on_gpu) else None,
+    )
+
+
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
+    try:
+        from . import triton_fwd
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return triton_fwd.unsupported_reason(q, k, v, ranges)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, min_len: int | None, max_len: int | None) -> None:
+    """Raise for the first argument that does not fit the others."""
+    for name, x, rank in (("q", q, 5), ("k", k, 4), ("v", v, 4), ("ranges", ranges, 5)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: type is {type(x).__name__}, expected torch.Tensor")
+        if x.dim() != rank:
+            raise ValueError(f"{name}: rank is {x.dim()}, expected {rank}")
+    B, S, G, H, D = q.shape
+    S_kv, Dv = k.shape[2], v.shape[3]
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: dtype is {q.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: dtype is {x.dtype}, expected {q.dtype} as q")
+    if ranges.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ranges: dtype is {ranges.dtype}, expected torch.int32 or torch.int64")
+    for name, x in (("k", k), ("v", v), ("ranges", ranges)):
+        if x.device != q.device:
+            raise ValueError(f"{name}: device is {x.device}, expected {q.device} as q")
+    for name, x, expected in (
+        ("k", k, (B, G, S_kv, D)),
+        ("v", v, (B, G, S_kv, Dv)),
+        ("ranges", ranges, (B, S, G, ranges.shape[3], 2)),
+    ):
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name}: shape is {tuple(x.shape)}, expected {expected}")
+    if min(H, D, Dv) == 0:
+        raise ValueError(f"q: shape is {tuple(q.shape)}, expected H, D and Dv of at least 1")
+    for name, x in (("q", q), ("k", k), ("v", v), ("ranges", ranges)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name}: stride is {x.stride()}, expected a contiguous last dimension")
+    for name, hint in (("min_len", min_len), ("max_len", max_len)):
+        if hint is not None and hint < 0:
+            raise ValueError(f"{name}: value is {hint}, expected at least 0")
+    if min_len is not None and max_len is not None and min_len > max_len:
+        raise ValueError(f"min_len: value is {min_len}, expected at most max_len, which is {max_len}")
+
+
+__all__ = ["Route", "UnsupportedError", "choose_route", "selection_attention"]

@@ -1,0 +1,275 @@
+"""Device code of the selection kernel: one program computes one row, or one of SPLITS parts of a row.
+
+A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. Tokens come in two
+ways. *Whole* tiles lie inside one span: one address and no mask, through a TMA descriptor with LOAD = "tma". What is left of
+each span, or all of it with LOAD = "gather", is *gathered*: the remainders are packed position by position and every token has
+its own address. No token outside the row's clamped spans is ever read, so a NaN there cannot reach the result.
+Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SIZE_ARGS = ["S", "G", "S_kv", "n_spans"]
+STRIDE_ARGS = [
+    f"stride_{tensor}{axis}"
+    for tensor, axes in (("q", "bsgh"), ("k", "bgt"), ("v", "bgt"), ("r", "bsgn"))
+    for axis in axes
+]
+
+
+@triton.jit
+def _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv):
+    """Load the spans offs_n clamped to [0, S_kv], int32 starts and ends; those past n_spans are empty."""
+    mask_n = offs_n < n_spans
+    at = row_ptr + offs_n * stride_rn
+    start = tl.load(at, mask=mask_n, other=0)
+    end = tl.load(at + 1, mask=mask_n, other=0)
+    start = tl.minimum(tl.maximum(start, 0), S_kv).to(tl.int32)
+    end = tl.minimum(tl.maximum(end, 0), S_kv).to(tl.int32)
+    return start, tl.maximum(start, end)
+
+
+@triton.jit
+def _load_tile(ptr, desc, desc_row, tokens, stride_t, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+               GATHER: tl.constexpr):  # fmt: skip
+    """Load columns [C·BLOCK, (C+1)·BLOCK) of BLOCK_L tokens; zeros outside WIDTH and, when gathering, outside mask_l."""
+    if (not GATHER) and (desc is not None):
+        return desc.load([desc_row, C * BLOCK])
+    offs = C * BLOCK + tl.arange(0, BLOCK)
+    at = ptr + tokens[:, None] * stride_t + offs[None, :]
+    if GATHER:
+        if (C + 1) * BLOCK > WIDTH:
+            return tl.load(at, mask=mask_l[:, None] & (offs < WIDTH)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=mask_l[:, None], other=0.0)
+    else:
+        if (C + 1) * BLOCK > WIDTH:
+            return tl.load(at, mask=(offs < WIDTH)[None, :], other=0.0)
+        else:
+            return tl.load(at)
+
+
+@triton.jit
+def _load_q(at, stride_qh, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+            BLOCK_D: tl.constexpr):  # fmt: skip
+    """Load columns [C·BLOCK_D, (C+1)·BLOCK_D) of the row's heads, [BLOCK_H, BLOCK_D]; zeros outside H and D."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = C * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
+    return tl.load(at + offs_h[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend(q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_ptr, v_ptr, k_desc, v_desc, desc_row, tokens,
+            stride_kt, stride_vt, mask_l, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+            GATHER: tl.constexpr):  # fmt: skip
+    """Take one tile of tokens into the online softmax."""
+    s = tl.dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)),
+               input_precision="ieee")  # fmt: skip
+    if D > BLOCK_D:
+        s = tl.dot(q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), s,
+                   input_precision="ieee")  # fmt: skip
+    if D > 2 * BLOCK_D:
+        s = tl.dot(q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), s,
+                   input_precision="ieee")  # fmt: skip
+    if D > 3 * BLOCK_D:
+        s = tl.dot(q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), s,
+                   input_precision="ieee")  # fmt: skip
+    s = s * scale_log2
+    if GATHER:
+        s = tl.where(mask_l[None, :], s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # logits of -inf are legal: exp2(-inf - -inf) would be NaN
+    alpha = tl.exp2(m_i - shift)
+    p = tl.exp2(s - shift[:, None])
+    l_i = l_i * alpha + tl.sum(p, 1)
+    v0 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, GATHER)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision="ieee")
+    if DV > BLOCK_DV:
+        v1 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 1, DV, BLOCK_DV, GATHER)
+        acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee")
+    if DV > 2 * BLOCK_DV:
+        v2 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 2, DV, BLOCK_DV, GATHER)
+        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee")
+    if DV > 3 * BLOCK_DV:
+        v3 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 3, DV, BLOCK_DV, GATHER)
+        acc3 = tl.dot(p, v3, acc3 * alpha[:, None], input_precision="ieee")
+    return acc0, acc1, acc2, acc3, m_new, l_i
+
+
+@triton.jit
+def _store_out(out_ptr, acc, denom, C: tl.constexpr, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr,
+               BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Write columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of one row of the result."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    mask = (offs_h < H)[:, None] & (offs_v < DV)[None, :]
+    at = out_ptr + offs_h[:, None] * DV + offs_v[None, :]
+    tl.store(at, (acc / denom[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Address columns [C·BLOCK_DV, …) of a part's unnormalised result, fp32 [BLOCK_H, DV_PAD]."""
+    return part_ptr + tl.arange(0, BLOCK_H)[:, None] * DV_PAD + (C * BLOCK_DV + tl.arange(0, BLOCK_DV))[None, :]
+
+
+@triton.jit
+def _merge_parts(parts_ptr, weights_m, C: tl.constexpr, DV_PAD: tl.constexpr, PART: tl.constexpr, BLOCK_H: tl.constexpr,
+                 BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Sum a column chunk of a row's parts, each scaled to the common maximum weights_m; no load waits for another."""
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    for first in range(0, SPLITS, 8):
+        for i in tl.static_range(8 if SPLITS > 8 else SPLITS):
+            part_ptr = parts_ptr + (first + i) * PART
+            m_part = tl.load(part_ptr + BLOCK_H * DV_PAD + tl.arange(0, BLOCK_H), cache_modifier=".cg")
+            part = tl.load(_part_acc(part_ptr, C, DV_PAD, BLOCK_H, BLOCK_DV), cache_modifier=".cg")
+            acc += part * tl.exp2(m_part - weights_m)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+def _sel_fwd(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc, scale_log2: tl.float32,
+    S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    stride_qb: tl.int64, stride_qs: tl.int64, stride_qg: tl.int64, stride_qh: tl.int64,
+    stride_kb: tl.int64, stride_kg: tl.int64, stride_kt: tl.int64,
+    stride_vb: tl.int64, stride_vg: tl.int64, stride_vt: tl.int64,
+    stride_rb: tl.int64, stride_rs: tl.int64, stride_rg: tl.int64, stride_rn: tl.int64,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Compute the selection attention of row `program // SPLITS`, part `program % SPLITS`.
+
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. WHOLE: load whole tiles, as
+    opposed to gathering all. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the counter
+    count_ptr[row] that it sets back to zero, merges them in a fixed order.
+    """
+    row = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    s = S - 1 - row % S  # causal rows grow with s: the longest start first
+    g = row // S % G
+    b = (row // S // G).to(tl.int64)
+    out_row = (b * S + s) * G + g
+
+    q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
+    q0 = _load_q(q_row, stride_qh * UNIT, 0, H, D, BLOCK_H, BLOCK_D)
+    q1 = q0
+    q2 = q0
+    q3 = q0
+    if D > BLOCK_D:
+        q1 = _load_q(q_row, stride_qh * UNIT, 1, H, D, BLOCK_H, BLOCK_D)
+    if D > 2 * BLOCK_D:
+        q2 = _load_q(q_row, stride_qh * UNIT, 2, H, D, BLOCK_H, BLOCK_D)
+    if D > 3 * BLOCK_D:
+        q3 = _load_q(q_row, stride_qh * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
+    start, end = _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv)
+    length = end - start
+    n_whole = tl.zeros_like(length)
+    if WHOLE:
+        n_whole = length // BLOCK_L
+    rest = start + n_whole * BLOCK_L  # what is left of span j is [rest, end)
+    stop = tl.cumsum(end - rest, 0)  # and stops here in the packed remainder
+    whole_stop = tl.cumsum(n_whole, 0)
+    first = tl.sum(tl.where(offs_n == 0, start, 0))
+    first_rest = tl.sum(tl.where(offs_n == 0, rest, 0))
+    # Token = place + first + the gaps of the spans passed: gap j lies between the end of span j and the start of j + 1.
+    gap = end
+    whole_gap = end
+    if BLOCK_N > 1:
+        next_start, next_end = _load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv)
+        gap = next_start - end
+        whole_gap = next_start - rest
+        if WHOLE:
+            gap += (next_end - next_start) // BLOCK_L * BLOCK_L
+    L = tl.sum(length)
+    left = tl.sum(end - rest)
+    n_tiles = tl.sum(n_whole)
+    lo = 0
+    hi = n_tiles + tl.cdiv(left, BLOCK_L)
+    if SPLITS > 1:
+        share = tl.cdiv(hi, SPLITS)
+        lo = split * share
+        hi = tl.minimum(lo + share, hi)
+
+    m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_H], tl.float32)
+    acc0 = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    offs_l = tl.arange(0, BLOCK_L)
+    k_row = k_ptr + (b * stride_kb + g * stride_kg) * UNIT
+    v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
+    if WHOLE:
+        desc_row = (b * G + g).to(tl.int32) * S_kv
+        for t in range(lo, tl.minimum(hi, n_tiles)):
+            token = first + t * BLOCK_L
+            if BLOCK_N > 1:
+                token += tl.sum(tl.where(whole_stop <= t, whole_gap, 0))
+            acc0, acc1, acc2, acc3, m_i, l_i = _attend(
+                q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
+                desc_row + token, token + offs_l, stride_kt * UNIT, stride_vt * UNIT, offs_l < BLOCK_L,
+                D, DV, BLOCK_D, BLOCK_DV, False)  # fmt: skip
+    for t in range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles):
+        place = t * BLOCK_L + offs_l
+        token = first_rest + place
+        if BLOCK_N > 1:
+            token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
+        acc0, acc1, acc2, acc3, m_i, l_i = _attend(
+            q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
+            0, token, stride_kt * UNIT, stride_vt * UNIT, place < left, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
+
+    offs_h = tl.arange(0, BLOCK_H)
+    out_at = out_ptr + out_row * (H * DV)
+    merging = True
+    if SPLITS > 1:
+        DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
+        PART: tl.constexpr = BLOCK_H * (DV_PAD + 2)  # acc [BLOCK_H, DV_PAD], m [BLOCK_H], l [BLOCK_H]
+        parts_at = part_ptr + out_row * (SPLITS * PART)
+        mine = parts_at + split * PART
+        tl.store(_part_acc(mine, 0, DV_PAD, BLOCK_H, BLOCK_DV), acc0)
+        if DV > BLOCK_DV:
+            tl.store(_part_acc(mine, 1, DV_PAD, BLOCK_H, BLOCK_DV), acc1)
+        if DV > 2 * BLOCK_DV:
+            tl.store(_part_acc(mine, 2, DV_PAD, BLOCK_H, BLOCK_DV), acc2)
+        if DV > 3 * BLOCK_DV:
+            tl.store(_part_acc(mine, 3, DV_PAD, BLOCK_H, BLOCK_DV), acc3)
+        tl.store(mine + BLOCK_H * DV_PAD + offs_h, m_i)
+        tl.store(mine + BLOCK_H * (DV_PAD + 1) + offs_h, l_i)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        merging = tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == SPLITS - 1
+        if merging:
+            tl.store(count_ptr + out_row, 0)
+            each = parts_at + tl.arange(0, SPLITS)[:, None] * PART + BLOCK_H * DV_PAD + offs_h[None, :]
+            m_parts = tl.load(each, cache_modifier=".cg")
+            l_parts = tl.load(each + BLOCK_H, cache_modifier=".cg")
+            m_i = tl.max(m_parts, 0)
+            shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+            l_i = tl.sum(l_parts * tl.exp2(m_parts - shift[None, :]), 0)
+            acc0 = _merge_parts(parts_at, shift, 0, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
+            if DV > BLOCK_DV:
+                acc1 = _merge_parts(parts_at, shift, 1, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
+            if DV > 2 * BLOCK_DV:
+                acc2 = _merge_parts(parts_at, shift, 2, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
+            if DV > 3 * BLOCK_DV:
+                acc3 = _merge_parts(parts_at, shift, 3, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
+    if merging:
+        denom = tl.where(L == 0, 1.0, l_i)
+        _store_out(out_at, acc0, denom, 0, H, DV, BLOCK_H, BLOCK_DV)
+        if DV > BLOCK_DV:
+            _store_out(out_at, acc1, denom, 1, H, DV, BLOCK_H, BLOCK_DV)
+        if DV > 2 * BLOCK_DV:
+            _store_out(out_at, acc2, denom, 2, H, DV, BLOCK_H, BLOCK_DV)
+        if DV > 3 * BLOCK_DV:
+            _store_out(out_at, acc3, denom, 3, H, DV, BLOCK_H, BLOCK_DV)
+        if lse_ptr is not None:
+            lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
+            tl.store(lse_ptr + out_row * H + offs_h, lse, mask=offs_h < H)
