@@ -1,5 +1,6 @@
 """The command `nsa-sel`: what it describes, how it hands over to a verb, and its exit codes."""
 
+import os
 import subprocess
 import sys
 import types
@@ -18,9 +19,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def toggles(tmp_path, monkeypatch):
     """Make a YAML file the only source of toggles."""
-    for variable in ("NSA_USE_TRITON_SEL", "NSA_SEL_TRITON_MIN_L", "NSA_USE_SEL_PACK", "NSA_SEL_VALIDATE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.delenv("NSA_FORCE_PARITY", raising=False)
+    for variable in [name for name in os.environ if name.startswith("NSA_")]:
+        monkeypatch.delenv(variable)
 
     def write(text):
         file = tmp_path / "toggles.yaml"

@@ -1,5 +1,6 @@
 """Every toggle, each of its layers, and every way to get one wrong."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,13 @@ TOGGLES = [
     ("sel_validate", "NSA_SEL_VALIDATE", ("1", True), ("false", False), False),
     ("sel_validate", "NSA_SEL_VALIDATE", ("0", False), ("true", True), False),
 ]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """Hide the toggles that this run of the suite was started with."""
+    for variable in [name for name in os.environ if name.startswith("NSA_")]:
+        monkeypatch.delenv(variable)
 
 
 @pytest.fixture
@@ -297,7 +305,6 @@ def test_the_kill_switch_of_the_process_holds_for_a_config_given_to_a_call(fresh
 
 def test_a_config_given_to_a_call_wins_over_everything_but_the_kill_switch(fresh_cache, monkeypatch):
     monkeypatch.setenv("NSA_USE_TRITON_SEL", "0")
-    monkeypatch.delenv("NSA_FORCE_PARITY", raising=False)
     given = SelConfig(use_triton_sel=True, force_parity=True)
     assert config.config_for_call(given) is given
     with pytest.raises(TypeError, match=r"^config: type is dict, expected nsa_sel.SelConfig or None$"):

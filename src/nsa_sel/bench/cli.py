@@ -9,14 +9,13 @@ import argparse
 import importlib
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 
 import torch
 
 import nsa_sel
+from nsa_sel.bench import machine
 from nsa_sel.config import ConfigError, SelConfig
 
 # Imported only when asked for: `report` needs pandas and matplotlib, which a plain install does not have.
@@ -52,10 +51,11 @@ def describe(config: SelConfig) -> Iterator[str]:
     yield from (f"  GPU {i}   {name}" for i, name in enumerate(gpus))
     if not gpus:
         yield "  GPU     none that torch can use"
+    versions = machine.environment()
     yield "Versions"
     yield f"  nsa_sel {nsa_sel.__version__}, python {platform.python_version()}"
-    yield f"  torch   {torch.__version__}, triton {_triton()}"
-    yield f"  CUDA    {torch.version.cuda or 'none in this torch'}, driver {_driver()}"
+    yield f"  torch   {torch.__version__}, triton {versions['triton'] or 'none'}"
+    yield f"  CUDA    {versions['cuda'] or 'none in this torch'}, driver {versions['driver'] or 'none'}"
     yield "Toggles"
     for name, source in config.sources.items():
         yield f"  {name:<17} {getattr(config, name)!s:<18} from {source}"
@@ -70,23 +70,6 @@ def _auto_route(length: int, device: str, config: SelConfig) -> nsa_sel.Route:
     kv = torch.zeros(1, 1, length, 128, dtype=torch.bfloat16, device=device)
     ranges = torch.tensor([0, length], device=device).view(1, 1, 1, 1, 2)
     return nsa_sel.choose_route(q, kv, kv, ranges, config=config, min_len=length, max_len=length)
-
-
-def _triton() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def _driver() -> str:
-    """Return the NVIDIA driver's version, which neither torch nor Triton tells."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "none"
-    return answer.split("\n", 1)[0].strip() or "none"
 
 
 def _parser() -> argparse.ArgumentParser:
