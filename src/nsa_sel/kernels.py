@@ -32,6 +32,18 @@ def _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv):
     return start, tl.maximum(start, end)
 
 
+# Triton's interpreter multiplies the raw bits of bf16 operands: there, and only there, dots run on operands cast to fp32.
+INTERPRETED = tl.constexpr(not isinstance(_load_spans, triton.runtime.JITFunction))
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """Multiply on tensor cores with fp32 sums; fp32 operands are not rounded to tf32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
 @triton.jit
 def _load_tile(ptr, desc, desc_row, tokens, stride_t, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                GATHER: tl.constexpr):  # fmt: skip
@@ -67,17 +79,14 @@ def _attend(q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_ptr,
             stride_kt, stride_vt, mask_l, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
             GATHER: tl.constexpr):  # fmt: skip
     """Take one tile of tokens into the online softmax."""
-    s = tl.dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)),
-               input_precision="ieee")  # fmt: skip
+    s = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
+    s = _dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)), s)
     if D > BLOCK_D:
-        s = tl.dot(q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), s,
-                   input_precision="ieee")  # fmt: skip
+        s = _dot(q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), s)
     if D > 2 * BLOCK_D:
-        s = tl.dot(q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), s,
-                   input_precision="ieee")  # fmt: skip
+        s = _dot(q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), s)
     if D > 3 * BLOCK_D:
-        s = tl.dot(q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), s,
-                   input_precision="ieee")  # fmt: skip
+        s = _dot(q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), s)
     s = s * scale_log2
     if GATHER:
         s = tl.where(mask_l[None, :], s, float("-inf"))
@@ -88,16 +97,16 @@ def _attend(q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_ptr,
     l_i = l_i * alpha + tl.sum(p, 1)
     v0 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, GATHER)
     p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision="ieee")
+    acc0 = _dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
         v1 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 1, DV, BLOCK_DV, GATHER)
-        acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee")
+        acc1 = _dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
         v2 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 2, DV, BLOCK_DV, GATHER)
-        acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee")
+        acc2 = _dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
         v3 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 3, DV, BLOCK_DV, GATHER)
-        acc3 = tl.dot(p, v3, acc3 * alpha[:, None], input_precision="ieee")
+        acc3 = _dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tuning
+from . import kernels, tuning
 from .kernels import _sel_fwd
 from .tuning import LaunchConfig, next_power_of_2
 
@@ -19,7 +19,7 @@ try:
 except ImportError:  # Triton before 3.4: no host-side descriptors
     TensorDescriptor = None
 
-INTERPRETED = not isinstance(_sel_fwd, triton.runtime.JITFunction)
+INTERPRETED = kernels.INTERPRETED.value
 LOG2_E = 1.4426950408889634
 # Launching a compiled kernel object is private API: only where its call has been checked against the public launch.
 DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
