@@ -109,7 +109,8 @@ def _compare(config: pytest.Config, benchmarks: Any, new: Run | None) -> regress
     storage = Path(getattr(benchmarks.storage, "path", runs.STORAGE))
     path = runs.baseline(storage, new.gpu, asked if isinstance(asked, str) else None)
     old = runs.load(path)
-    benchmarks.compared_mapping[path] = {bench.get("fullname"): bench for bench in runs.read_json(path)["benchmarks"]}
+    shown = path.relative_to(storage) if path.is_relative_to(storage) else path
+    benchmarks.compared_mapping[shown] = {bench.get("fullname"): bench for bench in runs.read_json(path)["benchmarks"]}
     comparison = regress.compare(old, new)
     again = [key for key in regress.to_measure_again(comparison) if key in remeasure]
     if again:
