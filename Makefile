@@ -2,7 +2,7 @@
 .PHONY: test parity perf bench aot lint
 .DEFAULT_GOAL := test
 
-GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: \(.*\) (UUID.*/\1/p')
+GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
 ifeq ($(origin PY),undefined)
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
