@@ -1,0 +1,210 @@
+"""The five methods, made ready for a case: parity first, then a call that can be timed.
+
+Source: MEASURING, protocol, points 1 and 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nsa_sel import UnsupportedError, reference, selection_attention, spans
+from nsa_sel.bench import compiled, gate
+from nsa_sel.bench.cases import TRITON_METHODS, Case
+from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
+from nsa_sel.bench.timing import DeviceTimer, WallTimer
+
+PARITY_ROWS = 64
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+CLEARLY_FASTER = 1.03  # a backend must win by more, so that noise does not change which one is timed from run to run
+
+
+class NotTimed(Exception):
+    """Say why a method cannot be timed here; the benchmark is skipped."""
+
+
+class WrongResult(AssertionError):
+    """Say how a method's result differs from the oracle; it gets no time, and the benchmark fails."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold a method ready to be timed.
+
+    call: the timed call. result: turns its value into rows [N, H, Dv]. details: entries of extra_info that say what really
+    runs. guard: the context in which it must run (the SDPA backend), entered once, since entering it costs host time.
+    """
+
+    call: Callable[[], Tensor]
+    result: Callable[[Tensor], Tensor]
+    details: dict[str, str | float] = field(default_factory=dict)
+    guard: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
+
+class CaseState:
+    """Hold the tensors that all methods of one case share: inputs, packed rows, the oracle's rows, the best SDPA backend.
+
+    Raises:
+        NotTimed: the case needs more memory than the device has free.
+    """
+
+    def __init__(self, case: Case, timer: DeviceTimer | WallTimer) -> None:
+        self.case, self.timer = case, timer
+        self.device = "cuda" if isinstance(timer, DeviceTimer) else "cpu"
+        needed = memory_estimate(case)
+        if self.device == "cuda" and needed > (free := _free_memory()):
+            raise NotTimed(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        self.inputs: Inputs = make_inputs(case, self.device)
+        self.bytes, self.bytes_rows = traffic(self.inputs)
+
+    @functools.cached_property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q [N, H, D], k [N, L, D], v [N, L, Dv] and the mask of real tokens, None if all are."""
+        x = self.inputs
+        k_rows, v_rows, valid = reference.gather_rows(x.k, x.v, x.ranges, x.max_len)
+        return x.q.reshape(self.case.N, *x.q.shape[3:]), k_rows, v_rows, None if x.min_len == x.max_len else valid
+
+    @functools.cached_property
+    def sdpa_backend(self) -> str:
+        """Return the fastest SDPA backend for the packed rows; every one that runs is tried."""
+        if self.device == "cpu":
+            return "default"
+        q, k, v, valid = self.packed
+        times: dict[str, float] = {}
+        for name, backend in SDPA_BACKENDS.items():
+            if name == "math" and times:  # materialises the logits: only where nothing else runs
+                continue
+            with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+                call = functools.partial(reference.sdpa_rows, q, k, v, valid)
+                call()
+                torch.cuda.synchronize()
+                times[name] = statistics.median(self.timer.samples(call, rounds=9, warmup=2))
+        if not times:
+            raise NotTimed("no SDPA backend runs this case")
+        best = next(iter(times))
+        for name in times:
+            if times[name] * CLEARLY_FASTER < times[best]:
+                best = name
+        return best
+
+    def sdpa_guard(self) -> AbstractContextManager[object]:
+        """Enter the best SDPA backend."""
+        name = self.sdpa_backend
+        return contextlib.nullcontext() if name == "default" else sdpa_kernel(SDPA_BACKENDS[name])
+
+    @functools.cached_property
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return at most 64 fixed row numbers, the oracle's result for them and packed SDPA's, [R, H, Dv] both."""
+        case, x = self.case, self.inputs
+        rows = torch.linspace(0, case.N - 1, min(PARITY_ROWS, case.N)).long().to(self.device)
+        b, s, g = rows // (case.S * case.G), rows // case.G % case.S, rows % case.G
+        q, ranges = x.q[b, s, g][:, None, None], x.ranges[b, s, g][:, None, None]
+        k, v = x.k[b, g][:, None], x.v[b, g][:, None]
+        packed = reference.packed_sdpa(q, k, v, ranges, min_len=x.min_len, max_len=x.max_len)
+        return rows, reference.oracle(x.q, x.k, x.v, x.ranges, rows=rows), packed[:, 0, 0]
+
+
+def prepare(state: CaseState, method: str) -> Prepared:
+    """Return the method ready for timing, not yet checked.
+
+    Raises:
+        NotTimed: it cannot run here; the message says why.
+    """
+    if method in TRITON_METHODS:
+        return _triton(state, core=method == "triton_core")
+    if method == "sdpa_core":
+        call = functools.partial(reference.sdpa_rows, *state.packed)
+        return Prepared(call, _as_it_is, {"sdpa_backend": state.sdpa_backend}, state.sdpa_guard)
+    rows = functools.partial(_flat, state.case)
+    if method == "packed_sdpa":
+        call = _operation(state.inputs, "packed_sdpa")
+        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, state.sdpa_guard)
+    if method != "packed_sdpa_compiled":
+        raise ValueError(f"method: value is {method!r}, expected one of {', '.join(state.case.methods)}")
+    if state.device == "cpu":
+        raise NotTimed("no GPU")
+    try:
+        with state.sdpa_guard():
+            build = compiled.choose(state.case, state.inputs, state.sdpa_backend, state.timer)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler may fail in any way; the other methods go on
+        reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip()}"
+        raise NotTimed(" ".join(reason.split())[:300]) from error
+    return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, state.sdpa_guard)
+
+
+def check(state: CaseState, prepared: Prepared) -> float:
+    """Run the call once, judge the fixed rows, and return their MAE.
+
+    Raises:
+        WrongResult: the gate's message.
+    """
+    rows, oracle, packed = state.expected
+    with prepared.guard():
+        out = prepared.result(prepared.call())[rows]
+    result = gate.check(out, oracle, packed, dtype=TORCH_DTYPES[state.case.dtype])
+    if not result.ok:
+        raise WrongResult(f"{state.case.id}, rows numbered in steps of {max(1, state.case.N // len(rows))}: {result.message}")
+    return result.mae
+
+
+def _triton(state: CaseState, core: bool) -> Prepared:
+    if state.device == "cpu":
+        raise NotTimed("no GPU")
+    from nsa_sel import triton_fwd
+
+    x = _packed_as_inputs(state) if core else state.inputs
+    if (reason := triton_fwd.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
+        raise NotTimed(reason)
+    call = _operation(x, "triton")
+    before = triton_fwd.launch_count()
+    try:
+        call()
+    except UnsupportedError as error:  # a toggle forbids it
+        raise NotTimed(str(error)) from error
+    if triton_fwd.launch_count() == before:
+        raise WrongResult(f"{state.case.id}: the kernel did not run")
+    config = triton_fwd.launch_config(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+    return Prepared(call, functools.partial(_flat, state.case), {"config": str(config)})
+
+
+def _operation(x: Inputs, backend: str) -> Callable[[], Tensor]:
+    return functools.partial(
+        selection_attention, x.q, x.k, x.v, x.ranges, backend=backend, min_len=x.min_len, max_len=x.max_len
+    )
+
+
+def _packed_as_inputs(state: CaseState) -> Inputs:
+    """Present the packed rows, the very tensors that SDPA reads, with one span (0, L) a row."""
+    q_rows, k_rows, v_rows, valid = state.packed
+    q, k, v, ranges = spans.dense_rows(q_rows, k_rows, v_rows)
+    if valid is not None:
+        ranges[..., 1] = valid.sum(-1).view(-1, 1, 1, 1)
+    return Inputs(q, k, v, ranges, state.inputs.min_len, state.inputs.max_len)
+
+
+def _flat(case: Case, out: Tensor) -> Tensor:
+    return out.reshape(case.N, case.H, case.Dv)
+
+
+def _as_it_is(out: Tensor) -> Tensor:
+    return out
+
+
+def _free_memory() -> int:
+    """Return the bytes that the device can still give us, what the allocator only caches included."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

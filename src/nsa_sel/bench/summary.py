@@ -1,0 +1,132 @@
+"""What a measuring run says at its end: speed-ups that fit a screen, and the whole table on request; pure Python."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WORST_SHOWN = 10
+OPPONENTS = {"op": ("triton", ("packed_sdpa", "packed_sdpa_compiled")), "core": ("triton_core", ("sdpa_core",))}
+COLUMNS = ("case", "method", "time_us", "ci95_us", "speedup", "gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran")
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Hold one comparison: Triton's time and that of the fastest SDPA form of the same scope, in µs."""
+
+    case: str
+    family: str
+    layout: str
+    scope: str
+    triton_us: float
+    sdpa_us: float
+    sdpa: str
+
+    @property
+    def ratio(self) -> float:
+        return self.sdpa_us / self.triton_us
+
+
+def by_case(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Group results (extra_info plus `device_us`) by case and method, in the order in which they were measured."""
+    grouped: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for result in results:
+        grouped[result["case"]][result["method"]] = result
+    return dict(grouped)
+
+
+def speedups(grouped: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Speedup]:
+    """Compare Triton with the fastest SDPA form of the same scope, in every case that has both."""
+    found = []
+    for case, timed in grouped.items():
+        for scope, (ours, others) in OPPONENTS.items():
+            rivals = [timed[method] for method in others if method in timed]
+            if ours in timed and rivals:
+                best = min(rivals, key=lambda result: result["device_us"])
+                name = f"{best['method']} ({best['sdpa_backend']})"
+                about = timed[ours]
+                found.append(
+                    Speedup(case, about["family"], about["layout"], scope, about["device_us"], best["device_us"], name)
+                )
+    return found
+
+
+def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the summary: a line a family and layout, the ten worst cases, and what was measured on."""
+    if not results:
+        return ["nothing was timed"]
+    grouped = by_case(results)
+    compared = speedups(grouped)
+    head = f"{'family':<9}{'layout':<8}{'cases':>6}{'op x':>8}{'core x':>8}{'GB/s':>8}{'of limit':>10}"
+    lines = [f"{head}   geomeans; op x: fastest SDPA form / triton, GB/s and limit: triton"]
+    groups = dict.fromkeys((timed["family"], timed["layout"]) for timed in results)
+    for family, layout in groups:
+        members = [timed for timed in grouped.values() if _is(timed, family, layout)]
+        ratios = {
+            scope: _geomean(s.ratio for s in compared if (s.family, s.layout, s.scope) == (family, layout, scope))
+            for scope in OPPONENTS
+        }
+        shown = [timed["triton"] for timed in members if "triton" in timed]
+        rate = _geomean(result["gbps"] for result in shown)
+        share = _geomean(result["pct_of_limit"] for result in shown if result["pct_of_limit"] is not None)
+        lines.append(
+            f"{family:<9}{layout:<8}{len(members):>6}{_number(ratios['op'], '.2f'):>8}{_number(ratios['core'], '.2f'):>8}"
+            f"{_number(rate, '.0f'):>8}{_number(share, '.0f', ' %'):>10}"
+        )
+    if compared:
+        lines += ["", "worst cases"]
+        for s in sorted(compared, key=lambda s: s.ratio)[:WORST_SHOWN]:
+            lines.append(f"{s.ratio:5.2f}x {s.scope:<5}{s.case}: {s.triton_us:.1f} µs, {s.sdpa} {s.sdpa_us:.1f} µs")
+    first = results[0]
+    lines += ["", f"{len(grouped)} cases, {len(results)} benchmarks on {first['gpu'] or 'the CPU, by the wall clock'}"]
+    return lines
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return every benchmark as a row of text cells under COLUMNS; the speed-up is over the slowest form of its scope."""
+    grouped = by_case(results)
+    rows = []
+    for result in results:
+        timed, ours = grouped[result["case"]], OPPONENTS[result["scope"]]
+        base = timed.get(ours[1][0])
+        low, high = result["ci95_us"]
+        rows.append(
+            {
+                "case": result["case"],
+                "method": result["method"],
+                "time_us": f"{result['device_us']:.2f}",
+                "ci95_us": f"{low:.2f}..{high:.2f}",
+                "speedup": _number(base["device_us"] / result["device_us"] if base else None, ".2f"),
+                "gbps": f"{result['gbps']:.0f}",
+                "pct_of_limit": _number(result["pct_of_limit"], ".0f"),
+                "call_us": _number(result["call_us"], ".1f"),
+                "graph_us": _number(result["graph_us"], ".1f"),
+                "mae": f"{result['mae']:.2g}",
+                "ran": str(result.get("config") or result.get("sdpa_backend")),
+            }
+        )
+    return rows
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return rows of text cells as lines of columns."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in COLUMNS}
+    lines = [{name: name for name in COLUMNS}, *rows]
+    return ["  ".join(line[name].ljust(widths[name]) for name in COLUMNS).rstrip() for line in lines]
+
+
+def _is(timed: Mapping[str, Mapping[str, Any]], family: str, layout: str) -> bool:
+    any_method = next(iter(timed.values()))
+    return (any_method["family"], any_method["layout"]) == (family, layout)
+
+
+def _geomean(values: Iterable[float]) -> float | None:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

@@ -1,0 +1,53 @@
+"""The measuring session, and the summary at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsa_sel.bench import summary
+from nsa_sel.bench.measure import Bench
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest) -> Bench:
+    return Bench(plant=request.config.getoption("sel_plant"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    timed = [b for b in session.benchmarks if b and not b.has_error and "case" in b.extra_info] if session else []
+    skipped = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    if not timed and not skipped:
+        return
+    results = [{**bench.extra_info, "device_us": bench["median"] * 1e6} for bench in timed]
+    terminalreporter.section("selection attention", sep="-")
+    if results and config.getoption("sel_table"):
+        for line in summary.aligned(summary.table(results)):
+            terminalreporter.write_line(line)
+        terminalreporter.write_line("")
+    for line in summary.screen(results):
+        terminalreporter.write_line(line)
+    for reason, count in skipped.most_common(5):
+        terminalreporter.write_line(f"{count} {reason}")
+    terminalreporter.write_line(_where_saved(session))
+
+
+def _reason(report: Any) -> str:
+    """Return the text given to pytest.skip."""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def _where_saved(session: Any) -> str:
+    if session is None or not session.benchmarks or not (session.save or session.autosave or session.json):
+        return "not saved; --benchmark-autosave does"
+    files = [str(session.json)] if session.json else []
+    if session.save or session.autosave:
+        storage = session.storage
+        found = sorted(Path(storage.path, storage.default_machine_id or "").glob("[0-9]*.json"))
+        files += [str(path) for path in found[-1:]]
+    return f"saved in {', '.join(files)}"

@@ -1,0 +1,50 @@
+"""Time every method of every case: `pytest tests/perf --benchmark-autosave`."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from nsa_sel.bench import cases, hooks, timing
+from nsa_sel.bench.measure import Bench
+from nsa_sel.bench.methods import NotTimed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    name = option("sel_matrix") or ("full" if torch.cuda.is_available() else "smoke")
+    try:
+        chosen = cases.matrix(name, option("sel_dtype"), option("sel_family"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    # Names, not objects: pytest-benchmark saves the parameters. The methods of a case stay adjacent in time.
+    metafunc.config.stash[CASES] = {case.id: case for case in chosen}
+    pairs = [(case.id, method) for case in chosen for method in case.methods]
+    metafunc.parametrize(("case_id", "method"), pairs, ids=[f"{case_id}-{method}" for case_id, method in pairs])
+
+
+CASES = pytest.StashKey[dict[str, cases.Case]]()
+
+
+@pytest.mark.benchmark(timer=timing.tick, disable_gc=True)
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # by a method whose result is wrong
+def test_sel(case_id, method, benchmark, bench: Bench, pytestconfig: pytest.Config) -> None:
+    case = pytestconfig.stash[CASES][case_id]
+    benchmark.group = case_id
+    try:
+        with bench.ready(case, method) as (prepared, extra):
+            benchmark.pedantic(
+                prepared.call, setup=bench.timer.setup, rounds=timing.ROUNDS, warmup_rounds=timing.WARMUP_ROUNDS
+            )
+            if benchmark.stats is not None:  # None: --benchmark-disable
+                benchmark.extra_info.update(extra)
+                benchmark.extra_info.update(bench.figures(case, prepared, benchmark.stats.stats.data))
+    except NotTimed as reason:
+        benchmark.has_error = True
+        pytest.skip(f"not timed: {reason}")
+    except Exception:
+        benchmark.has_error = True  # else half a measurement would be saved
+        raise
+    hooks.register_remeasure(case_id, method, functools.partial(bench.measure_again, case, method))
