@@ -145,10 +145,10 @@ def test_measuring_again_clears_or_confirms():
     alerted = regress.compare(as_run([bench("a", "triton", 100)]), as_run([bench("a", "triton", 120)]))
     assert regress.to_measure_again(alerted) == [("a", "triton")]
     cleared = regress.confirm(alerted, fresh(104))
-    assert cleared.exit_code == 0 and cleared.cleared and "measured again: 104.00 us" in cleared.text()
+    assert cleared.exit_code == 0 and cleared.cleared and "again 104.00 us" in cleared.text()
     confirmed = regress.confirm(alerted, fresh(118))
     assert confirmed.exit_code == 1 and "100.00 us -> 120.00 us" in confirmed.text()
-    assert "measured again: 118.00 us" in confirmed.text() and "+18.0 %" in confirmed.text()
+    assert "again 118.00 us" in confirmed.text() and "+18.0 %" in confirmed.text()
     assert regress.confirm(alerted, {}).exit_code == 1
 
 

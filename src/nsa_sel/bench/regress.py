@@ -32,10 +32,13 @@ class Change:
     change: float
     speedups: tuple[float, float] | None = None  # old and new, where the speed-up over SDPA was judged
     note: str = ""
+    again_us: float | None = None  # measured again; the change is then this one's
 
     def text(self) -> str:
         """Return one line: case, method, both times, the change, and what else there is to know."""
         parts = [f"{self.case} {self.method}  {self.old_us:.2f} us -> {self.new_us:.2f} us"]
+        if self.again_us is not None:
+            parts.append(f"again {self.again_us:.2f} us")
         if self.speedups:
             parts.append(f"speed-up {self.speedups[0]:.2f}x -> {self.speedups[1]:.2f}x")
         parts.append(f"{self.change * 100:+.1f} %")
@@ -250,7 +253,7 @@ def confirm(comparison: Comparison, fresh: Mapping[Key, Timing]) -> Comparison:
             regressions.append(replace(change, note="not measured again"))
             continue
         verdict, again = _judge(old, new, key, tick, comparison.moved)
-        said = replace(again, new_us=change.new_us, note=f"measured again: {again.new_us:.2f} us")
+        said = replace(again, new_us=change.new_us, again_us=again.new_us, note="")
         (regressions if verdict == "slower" else cleared).append(said)
     return replace(comparison, regressions=_worst_first(regressions), cleared=_worst_first(cleared))
 
