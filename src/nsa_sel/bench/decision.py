@@ -150,8 +150,8 @@ def _prd_text(path: Path, decision: Decision) -> str:
     before, rest = text.split(BEGIN)
     section, after = rest.split(END)
     starts = list(_ENTRY.finditer(section))
-    ends = [m.start() for m in starts[1:]] + [len(section)]
-    entries = {m["gpu"]: section[m.start() : end].strip() for m, end in zip(starts, ends, strict=True)}
+    ends = [*(m.start() for m in starts[1:]), len(section)]
+    entries = {m["gpu"]: section[m.start() : end].strip() for m, end in zip(starts, ends, strict=False)}
     entries[decision.gpu] = as_markdown(decision)
     body = "\n\n".join(entries[gpu] for gpu in sorted(entries))
     return f"{before}{BEGIN}\n{body}\n{END}{after}"

@@ -21,9 +21,10 @@ h2 { font-size: 1.15rem; margin: 40px 0 8px; border-bottom: 1px solid #d0d0d0; p
 .verdict.off { border-color: #D55E00; background: #fcf3ee; }
 .note { color: #555; margin: 4px 0 10px; max-width: 90ch; }
 img { width: 100%; max-width: 1120px; height: auto; display: block; }
-.scroll { overflow: auto; max-height: 75vh; border: 1px solid #d0d0d0; }
+.scroll { overflow: auto; max-height: 42rem; }
+#all { border: 1px solid #d0d0d0; }
 table { border-collapse: collapse; font-size: 13px; }
-#all { font-size: 12px; } #all th, #all td { padding: 2px 6px; } #all th { white-space: normal; }
+#all { font-size: 11.5px; } #all th, #all td { padding: 2px 5px; } #all th, #all td:last-child { white-space: normal; }
 th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ececec; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th { background: #f4f4f4; position: sticky; top: 0; vertical-align: bottom; }
@@ -33,14 +34,14 @@ th { background: #f4f4f4; position: sticky; top: 0; vertical-align: bottom; }
 #all th[aria-sort=ascending]::after { content: " ▲"; }
 #all th[aria-sort=descending]::after { content: " ▼"; }
 #filter { font: inherit; padding: 4px 8px; width: min(36rem, 95%); margin: 4px 12px 8px 0; }
-pre { background: #f6f6f6; padding: 10px 12px; overflow: auto; font-size: 12.5px; max-height: 60vh; }
+pre { background: #f6f6f6; padding: 10px 12px; overflow: auto; font-size: 12.5px; max-height: 26rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 11px; }
   .scroll, pre { overflow: visible; max-height: none; border: 0; white-space: pre-wrap; }
-  table { font-size: 7.5px; } th { position: static; } th, td { padding: 1px 3px; }
-  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .screen { display: none; }
+  table { font-size: 9.5px; } #all { font-size: 6.5px; }
+  th { position: static; } #all th, #all td { padding: 1px 2px; }
+  section, tr { break-inside: avoid; } h2 { break-after: avoid; } .screen { display: none; }
 }
-figure { margin: 0; }
 """
 
 _SCRIPT = """
@@ -158,12 +159,12 @@ def _pictures(pictures: Mapping[str, str | None]) -> list[str]:
     parts = []
     for name, (title, note) in shown.items():
         picture = pictures[name]
-        parts.append(f"<h2>{title}</h2>")
         if picture is None:
-            parts.append(_note("No such case with a Triton time in this run."))
+            content = _note("No such case with a Triton time in this run.")
         else:
             data = base64.b64encode(picture.encode()).decode()
-            parts.append(f'{_note(note)}<figure><img alt="{title}" src="data:image/svg+xml;base64,{data}"></figure>')
+            content = f'{_note(note)}<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
+        parts.append(f"<section><h2>{title}</h2>{content}</section>")
     return parts
 
 
@@ -171,7 +172,8 @@ def _changes(compared: regress.Comparison | None) -> list[str]:
     title = "<h2>What changed since the baseline</h2>"
     if compared is None:
         return [title, _note("No baseline was given.")]
-    return [title, f"<pre>{escape(compared.text())}</pre>"]
+    *found, verdict = compared.text().splitlines()
+    return [title, f"<p><strong>{escape(verdict)}</strong></p>", "<pre>" + escape("\n".join(found)) + "</pre>"]
 
 
 def _environment(saved: Saved) -> list[list[str]]:
@@ -197,7 +199,7 @@ def _all(rows: Sequence[report.Row], gpu: bool) -> list[str]:
         _note(f"{clock} time unless it says call or graph; speed-up over the fastest SDPA form of the same scope."),
         '<p class="screen"><input id="filter" type="search" placeholder="filter: words of a row, e.g. L512 many core" '
         f'aria-label="filter the rows"> <span id="shown">{len(rows)} of {len(rows)} rows</span></p>',
-        f'<div class="scroll">{_table(lines, left={0, 1, 2, 14}, identity="all")}</div>',
+        _table(lines, left={0, 1, 2, 14}, identity="all"),
     ]
 
 
@@ -215,4 +217,5 @@ def _table(lines: Sequence[Sequence[Any]], left: Container[int] = (), identity: 
     head, *body = lines
     name = f' id="{identity}"' if identity else ""
     content = "\n".join(f"<tr>{cells('td', texts)}</tr>" for texts in body)
-    return f"<table{name}><thead><tr>{cells('th', head)}</tr></thead>\n<tbody>\n{content}\n</tbody></table>"
+    table = f"<table{name}><thead><tr>{cells('th', head)}</tr></thead>\n<tbody>\n{content}\n</tbody></table>"
+    return f'<div class="scroll">{table}</div>'

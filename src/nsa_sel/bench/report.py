@@ -19,23 +19,23 @@ from nsa_sel.config import ConfigError, SelConfig
 Row = dict[str, Any]
 TRITON_OF_SCOPE = {"op": "triton", "core": "triton_core"}
 NO_GPU = "This run has no GPU figures: only the references were timed, on the CPU, and no threshold follows from it."
-# column -> (heading, digits after the point; None: as it is)
-COLUMNS: dict[str, tuple[str, int | None]] = {
-    "case": ("case", None),
-    "method": ("method", None),
-    "scope": ("scope", None),
-    "ms": ("ms", 5),
-    "ci_low_ms": ("CI low (ms)", 5),
-    "ci_high_ms": ("CI high (ms)", 5),
-    "speedup": ("speed-up", 2),
-    "call_us": ("call (µs)", 2),
-    "call_speedup": ("call speed-up", 2),
-    "graph_us": ("graph (µs)", 2),
-    "graph_speedup": ("graph speed-up", 2),
-    "gbps": ("GB/s", 0),
-    "pct_of_limit": ("% of limit", 1),
-    "mae": ("MAE", 6),
-    "ran": ("what ran", None),
+# column -> (heading, how its numbers are shown; empty: a text)
+COLUMNS: dict[str, tuple[str, str]] = {
+    "case": ("case", ""),
+    "method": ("method", ""),
+    "scope": ("scope", ""),
+    "ms": ("ms", ".5f"),
+    "ci_low_ms": ("CI low (ms)", ".5f"),
+    "ci_high_ms": ("CI high (ms)", ".5f"),
+    "speedup": ("speed-up", ".2f"),
+    "call_us": ("call (µs)", ".2f"),
+    "call_speedup": ("call speed-up", ".2f"),
+    "graph_us": ("graph (µs)", ".2f"),
+    "graph_speedup": ("graph speed-up", ".2f"),
+    "gbps": ("GB/s", ".0f"),
+    "pct_of_limit": ("% of limit", ".1f"),
+    "mae": ("MAE", ".1e"),
+    "ran": ("what ran", ""),
 }
 
 
@@ -98,9 +98,8 @@ def as_csv(rows: Iterable[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """Return a row's COLUMNS as text, rounded."""
     shown = []
-    for name, (_, digits) in COLUMNS.items():
-        value = row[name]
-        shown.append("" if value is None else value if digits is None else f"{value:.{digits}f}")
+    for name, (_, form) in COLUMNS.items():
+        shown.append("" if row[name] is None else format(row[name], form))
     return shown
 
 
