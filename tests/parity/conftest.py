@@ -1,0 +1,98 @@
+"""Where the parity suite runs, the proof that the kernel did, and the summary at the end.
+
+On a GPU the suite uses real kernels only; without one, Triton's interpreter, which must be chosen before triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from functools import cache
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from nsa_sel.config import test_triton_sel
+
+sys.path.insert(0, str(Path(__file__).parent))
+if not torch.cuda.is_available() and test_triton_sel() is not False:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+MARK = "triton_sel_parity"  # in the name of every test that runs the kernel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker and the Hypothesis profile: the same examples every time unless --hypothesis-seed asks for others."""
+    config.addinivalue_line("markers", "sanitizer: a quick parity test that also runs under compute-sanitizer")
+    derandomize = config.getoption("hypothesis_seed", None) is None
+    hypothesis.settings.register_profile("parity", derandomize=derandomize, deadline=None, database=None, print_blob=False)
+    hypothesis.settings.load_profile("parity")
+
+
+@cache
+def why_not() -> str | None:
+    """Return why the kernel cannot run here, or None."""
+    import parity_case
+
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 on a machine with a GPU: the parity suite uses real kernels there"
+    try:
+        from nsa_sel import triton_fwd
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return triton_fwd.unsupported_reason(*parity_case.tensors(parity_case.Case(parity_case.rows([(0, 4)]), 4)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip or fail a test of the kernel where the kernel cannot run, as NSA_TEST_TRITON_SEL says."""
+    if MARK not in item.name:
+        return
+    wanted = test_triton_sel()
+    if wanted is False:
+        pytest.skip("NSA_TEST_TRITON_SEL=0")
+    reason = why_not()
+    if reason is not None and (wanted is True or torch.cuda.is_available()):
+        pytest.fail(f"the Triton kernel cannot run here: {reason}", pytrace=False)
+    if reason is not None:
+        pytest.skip(f"the Triton kernel cannot run here: {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a test that names the kernel and did not launch it."""
+    if MARK not in item.name:
+        return (yield)
+    from nsa_sel import triton_fwd
+
+    before = triton_fwd.launch_count()
+    result = yield
+    if triton_fwd.launch_count() == before:
+        pytest.fail("this test names the Triton kernel and never launched it", pytrace=False)
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print which kernels ran and the worst figures per dtype."""
+    records = getattr(sys.modules.get("parity_case"), "RECORDS", [])
+    if not records:
+        return
+    where = f"real kernels on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "Triton's interpreter, no GPU"
+    variants = {(r.case.dtype, r.case.H, r.case.D, r.case.Dv, r.launch) for r in records}
+    terminalreporter.section("parity of the Triton kernel")
+    terminalreporter.line(f"{len(records)} comparisons with {where}; {len(variants)} kernel variants")
+    for dtype in sorted({r.case.dtype for r in records}, key=str):
+        of_dtype = [r for r in records if r.case.dtype == dtype]
+        ordinary = [r for r in of_dtype if r.case.q_factor == 1] or of_dtype
+        mae = max(ordinary, key=lambda r: r.verdict.mae)
+        worst = max(ordinary, key=lambda r: r.verdict.max_err)
+        row = max(of_dtype, key=lambda r: r.verdict.worst_row_mae_ratio)
+        terminalreporter.line(f"{dtype}: worst MAE {mae.verdict.mae:.3g} in {mae.case.label}")
+        terminalreporter.line(f"{'':14} worst max error {worst.verdict.max_err:.3g} in {worst.case.label}")
+        terminalreporter.line(
+            f"{'':14} worst row MAE at {row.verdict.worst_row_mae_ratio:.0%} of its bound in {row.case.label}"
+        )

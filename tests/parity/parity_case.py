@@ -1,0 +1,203 @@
+"""One parity case: integers in; tensors, a poisoned kernel run, the gate's verdict and a repro out.
+
+Imports of the kernel stay inside functions: conftest.py must choose between GPU and interpreter first.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_sel import reference
+from nsa_sel.bench import gate
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    import interpreter_bf16  # noqa: F401: rounds as a GPU does
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Source text, because a repro prints what the suite ran.
+VIEWS = {
+    "plain": "lambda t: t",
+    "permuted": "lambda t: t.transpose(0, -2).contiguous().transpose(0, -2)",  # tokens outermost
+    "odd": "lambda t: torch.cat((t[..., :1], t), -1)[..., 1:]",  # no stride and no pointer divisible by 16 bytes
+    "shared": "lambda t: t[:, :1].expand_as(t)",  # stride 0
+    "every_second": "lambda t: torch.cat((t, t), 1)[:, ::2]",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Describe one call: the ranges [B, S, G, n_spans, 2] (CPU) give B, S, G and n_spans; the seed makes q, k and v.
+
+    q_factor multiplies q after the draw. view: a key of VIEWS, applied to all four tensors. edit: one Python statement
+    on q, k, v, run before the view. hints: whether min_len and max_len are passed. launch: a LaunchConfig to force.
+    """
+
+    ranges: Tensor
+    S_kv: int
+    H: int = 4
+    D: int = 64
+    Dv: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+    q_factor: int = 1
+    view: str = "plain"
+    edit: str = ""
+    hints: bool = True
+    launch: Any = None
+    row: tuple[int, int, int] | None = None  # keep only this row (b, s, g); with the plain view
+
+    @property
+    def label(self) -> str:
+        """Name the case in a report."""
+        B, S, G, n_spans, _ = self.ranges.shape
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{dtype} B{B} S{S} G{G} H{self.H} D{self.D} Dv{self.Dv} S_kv{self.S_kv} spans{n_spans}"
+        return sizes + (f" seed{self.seed}" if self.seed else "") + (f" [{self.launch}]" if self.launch else "")
+
+
+def here(on_gpu: Any, in_interpreter: Any) -> Any:
+    """Pick the size that this machine can afford."""
+    return on_gpu if ON_GPU else in_interpreter
+
+
+def rows(*spans_of_rows: list[tuple[int, int]], dtype: torch.dtype = torch.int32) -> Tensor:
+    """Return ranges [1, S, 1, n_spans, 2] with one list of spans a row, padded with empty spans."""
+    n_spans = max((len(spans) for spans in spans_of_rows), default=0)
+    padded = [list(spans) + [(0, 0)] * (n_spans - len(spans)) for spans in spans_of_rows]
+    return torch.tensor(padded, dtype=dtype).view(1, len(padded), 1, n_spans, 2)
+
+
+def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw q, k and v ~ N(0, 1) in fp32, cast, and place all four tensors on the device."""
+    B, S, G = case.ranges.shape[:3]
+    torch.manual_seed(case.seed)
+    q, k, v = (torch.randn(s).to(case.dtype).to(DEVICE) for s in _shapes(case))
+    q = q * case.q_factor
+    if case.edit:
+        exec(case.edit, {"torch": torch, "q": q, "k": k, "v": v})  # noqa: S102: the repro prints the same statement
+    view = eval(VIEWS[case.view])  # noqa: S307
+    q, k, v, ranges = (view(t) for t in (q, k, v, case.ranges.to(DEVICE)))
+    if case.row is not None:
+        b, s, g = case.row
+        q, ranges = q[b : b + 1, s : s + 1, g : g + 1], ranges[b : b + 1, s : s + 1, g : g + 1]
+        k, v = k[b : b + 1, g : g + 1], v[b : b + 1, g : g + 1]
+    return q, k, v, ranges
+
+
+def row_lengths(ranges: Tensor, S_kv: int) -> list[int]:
+    """Count L of every row in plain Python."""
+    flat = ranges.flatten(0, 2).tolist()
+    return [sum(max(0, min(end, S_kv) - max(start, 0)) for start, end in spans) for spans in flat]
+
+
+def hints(case: Case, ranges: Tensor) -> dict[str, int]:
+    """Return min_len and max_len as a caller would pass them, or nothing."""
+    L = row_lengths(ranges, case.S_kv)
+    return {"min_len": min(L), "max_len": max(L)} if case.hints and L else {}
+
+
+def run_kernel(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
+    """Run the Triton kernel into an output full of NaN and prove that it, and nothing else, ran."""
+    from nsa_sel import triton_fwd
+
+    out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
+    launches = triton_fwd.launch_count()
+    result = triton_fwd.forward(q, k, v, ranges, out=out, launch=case.launch, **hints(case, ranges))
+    assert result.data_ptr() == out.data_ptr(), "forward did not return the buffer that it was given"
+    assert triton_fwd.launch_count() > launches or not any(row_lengths(ranges, case.S_kv)), "the kernel never ran"
+    return out
+
+
+def judge(case: Case, out: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> gate.GateResult:
+    """Put one result through the gate."""
+    packed = reference.packed_sdpa(q, k, v, ranges)
+    return gate.check(out, reference.oracle(q, k, v, ranges), packed, dtype=case.dtype, logit_factor=case.q_factor)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Keep one passed comparison for the summary at the end of the run."""
+
+    case: Case
+    verdict: gate.GateResult
+    test: str
+    launch: str
+
+
+RECORDS: list[Record] = []
+
+
+def check(case: Case) -> Tensor:
+    """Run a case and put it through the gate; a failure prints the figures and a repro. Returns the kernel's output."""
+    from nsa_sel import triton_fwd
+
+    q, k, v, ranges = tensors(case)
+    out = run_kernel(case, q, k, v, ranges)
+    verdict = judge(case, out, q, k, v, ranges)
+    assert verdict.ok, f"{case.label}\n{verdict.message}\n{smallest_repro(case)}"
+    launch = case.launch or triton_fwd.launch_config(q, k, v, ranges, **hints(case, ranges))
+    RECORDS.append(Record(case, verdict, os.environ.get("PYTEST_CURRENT_TEST", ""), str(launch)))
+    return out
+
+
+def smallest_repro(case: Case) -> str:
+    """Return the repro of the first bad row alone, if that still fails, else of the whole case."""
+    B, S, G = case.ranges.shape[:3]
+    if B * S * G > 1 and case.view == "plain":
+        q, k, v, ranges = tensors(case)
+        verdict = judge(case, run_kernel(case, q, k, v, ranges), q, k, v, ranges)
+        if verdict.bad_row is not None:
+            b, s, g = verdict.bad_row
+            alone = replace(case, row=(b, s, g))
+            if not judge(alone, run_kernel(alone, *(drawn := tensors(alone))), *drawn).ok:
+                return repro(alone)
+    return repro(case)
+
+
+def repro(case: Case) -> str:
+    """Return at most 15 lines that run when pasted in the project's folder and end in the gate's verdict."""
+    ranges, launch = case.ranges, ""
+    q_shape, k_shape, v_shape = _shapes(case)
+    B, S, G, n_spans, _ = ranges.shape
+    keep = ""
+    if case.row is not None:  # only this row's spans need printing
+        b, s, g = case.row
+        ranges = ranges[b : b + 1, s : s + 1, g : g + 1]
+        keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k[{b}:{b + 1}, {g}:{g + 1}], v[{b}:{b + 1}, {g}:{g + 1}]"
+    if case.launch is not None:
+        launch = f", launch=tuning.{case.launch!r}"
+    given = "".join(f", {name}={value}" for name, value in hints(case, tensors(case)[3]).items())
+    factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
+    interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
+    lines = [
+        f'import os, sys; sys.path[:0] = ["src", "tests/parity"]{interpreter}',
+        "import torch" if ON_GPU else "import torch, interpreter_bf16",
+        "from nsa_sel import reference, triton_fwd, tuning",
+        "from nsa_sel.bench import gate",
+        f"torch.manual_seed({case.seed})",
+        f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
+        f"q = q * {case.q_factor}" if case.q_factor != 1 else "",
+        case.edit,
+        f'ranges = torch.tensor({ranges.flatten().tolist()}, dtype={ranges.dtype}, device="{DEVICE}")'
+        f".view({tuple(ranges.shape)})",
+        "" if case.view == "plain" else f"q, k, v, ranges = map({VIEWS[case.view]}, (q, k, v, ranges))",
+        keep,
+        'out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)',
+        f"triton_fwd.forward(q, k, v, ranges, out=out{launch}{given})",
+        "verdict = gate.check(out, reference.oracle(q, k, v, ranges), reference.packed_sdpa(q, k, v, ranges), "
+        f"dtype=q.dtype{factor})",
+        "assert verdict.ok, verdict.message",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    B, S, G = case.ranges.shape[:3]
+    return (B, S, G, case.H, case.D), (B, G, case.S_kv, case.D), (B, G, case.S_kv, case.Dv)

@@ -1,0 +1,73 @@
+"""A failing case prints a repro that runs when pasted and fails in the same way."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import parity_case
+import pytest
+import torch
+from parity_case import Case, check, rows
+from test_variants import small_covering
+
+ROOT = Path(__file__).parents[2]
+CASE = Case(rows([(0, 20)], [(3, 9), (12, 40)], [(1, 8)]), 40, seed=5)
+
+# Planted in this process and, before the repro, in the other one: the last token of every span longer than 25 is lost.
+FAULT = """
+from nsa_sel import triton_fwd as broken
+forward = broken.forward
+def drop_a_token(q, k, v, ranges, **options):
+    long = ranges[..., 1] - ranges[..., 0] > 25
+    return forward(q, k, v, ranges - torch.stack((long * 0, long * 1), -1).to(ranges.dtype), **options)
+broken.forward = drop_a_token
+"""
+
+
+def paste(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASE,
+        replace(CASE, view="odd", dtype=torch.float32, hints=False),
+        replace(CASE, q_factor=40, edit="k[0, 0, 39] = q[0, 1, 0, 0]", dtype=torch.float16),
+    ],
+    ids=["plain", "odd strides", "large logits"],
+)
+def test_triton_sel_parity_repro_of_a_planted_fault_reproduces_it(case, monkeypatch):
+    from nsa_sel import triton_fwd
+
+    check(case)
+    case = replace(case, launch=small_covering()[0])
+    monkeypatch.setattr(triton_fwd, "forward", triton_fwd.forward)  # undone at the end
+    exec(FAULT, {"torch": torch})
+    with pytest.raises(AssertionError) as caught:
+        check(case)
+    text = str(caught.value)
+    repro = text[text.index("import os") :]
+    assert len(repro.splitlines()) <= 15
+    figures = re.search(r"max error \S+ \(bound [^;]*; worst at [^\n]*", text)
+    assert figures is not None
+
+    first, rest = repro.split("\n", 1)
+    broken = paste(f"{first}\nimport torch\n{FAULT}\n{rest}")
+    assert broken.returncode == 1, broken.stderr
+    assert "AssertionError" in broken.stderr
+    assert figures[0] in broken.stderr
+    whole = paste(repro)
+    assert whole.returncode == 0, whole.stderr
+
+
+def test_triton_sel_parity_repro_of_one_row_runs_alone():
+    check(CASE)
+    assert "ranges = torch.tensor([0, 20" in parity_case.repro(CASE)
+    alone = parity_case.repro(replace(CASE, row=(0, 1, 0)))
+    assert "torch.tensor([3, 9, 12, 40]" in alone
+    assert paste(alone).returncode == 0
