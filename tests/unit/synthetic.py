@@ -11,7 +11,7 @@ from nsa_sel.bench.cases import Case, scope
 
 GPU = "NVIDIA Synthetic"
 IDENTITY = {"gpu": GPU, "gpu_id": "0f1e2d", "driver": "580.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}
-READ_LIMIT = [[0.27, 3.9], [2.2, 5.6], [8.7, 5.9], [33.6, 11.4], [134.0, 33.6], [537.0, 120.0]]
+READ_LIMIT_US = [[0.25e6, 3.5], [2.2e6, 4.0], [8.7e6, 5.4], [33.6e6, 10.8], [134e6, 32.6], [540e6, 121.0]]  # bytes
 Speedup = Callable[[Case, str], float]  # (case, "device" | "call" | "graph") -> faster SDPA form's time / Triton's
 
 
@@ -41,7 +41,12 @@ def run(
         for method in case.methods
         if (case.id, method) not in without
     ]
-    calibration = {"tick_us": 0.032, "null_device_us": 2.8, "copy_gbps": 4240.0, "read_limit": READ_LIMIT}
+    calibration = {
+        "tick_us": 0.032,
+        "null_kernel_us": {"device": 2.8, "graph": 1.1, "eager": 4.4},
+        "copy_gbps": 4240.0,
+        "read_limit_us": READ_LIMIT_US,
+    }
     return document(benchmarks, {**identity, "cuda": "13.0", "calibration": calibration}, when)
 
 

@@ -104,7 +104,7 @@ def test_the_page_holds_every_section(gpu_report):
     assert page.tags.count("img") == 4
     assert "verdict: FAIL, 9 slower" in page.text
     assert re.search(r"ragged-bf16-\S+ triton .*\+50\.0 %", page.text)
-    for value in (*synthetic.IDENTITY.values(), "2.8", "[537.0, 120.0]"):
+    for value in (*synthetic.IDENTITY.values(), "device: 2.8, graph: 1.1", "540 MB: 121.0"):
         assert value in page.text
 
 
@@ -157,7 +157,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     data = synthetic.run(HOT)
     data["benchmarks"][0]["extra_info"] |= {"L": "<b>", "N": None, "bytes": -1, "gbps": float("nan"), "family": ["x"]}
-    data["machine_info"]["calibration"]["read_limit"] = ["<i>", [1], [2.0, "x"]]
+    data["machine_info"]["calibration"]["read_limit_us"] = ["<i>", [1], [2.0, "x"]]
     text = (write(tmp_path, data) / "report.html").read_text()
     assert "<b>" not in text and "<i>" not in text
 

@@ -215,6 +215,13 @@ def test_runs_of_two_machines_are_refused(tmp_path, field):
         decide(tmp_path, synthetic.run(DECODE), synthetic.run(DECODE, identity=other))
 
 
+def test_a_run_with_planted_slow_downs_is_refused(tmp_path):
+    data = synthetic.run(FULL)
+    data["benchmarks"][-1]["extra_info"]["planted"] = 1.15
+    with pytest.raises(ThresholdError, match="planted"):
+        decide(tmp_path, data)
+
+
 def test_a_run_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ThresholdError, match="no GPU figures"):
         decide(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))

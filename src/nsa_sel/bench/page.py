@@ -180,15 +180,27 @@ def _environment(saved: Saved) -> list[list[str]]:
     machine = saved.machine
     cpu = machine.get("cpu")
     calibration = machine.get("calibration")
+    values = dict(calibration) if isinstance(calibration, Mapping) else {}
+    if curve := report.read_limit(machine):
+        values["read_limit_us"] = ", ".join(f"{size / 1e6:.3g} MB: {us:.1f}" for size, us in curve)
     found = {
         "run": regress.describe(saved.run),
         "commit": saved.commit,
         **saved.run.environment,
-        **{key: machine.get(key) for key in ("cuda", "python_version", "system", "release", "machine")},
+        **{key: machine.get(key) for key in ("cuda", "python_version", "system", "machine")},
         "cpu": cpu.get("brand_raw") if isinstance(cpu, Mapping) else None,
-        **({f"calibration: {k}": v for k, v in calibration.items()} if isinstance(calibration, Mapping) else {}),
+        **{f"calibration: {key}": value for key, value in values.items()},
     }
-    return [["what", "value"], *([key, str(value)] for key, value in found.items() if value not in (None, "", "none"))]
+    return [
+        ["what", "value"],
+        *([key, _shown(value)] for key, value in found.items() if value not in (None, "", "none")),
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _all(rows: Sequence[report.Row], gpu: bool) -> list[str]:

@@ -87,7 +87,7 @@ def speedup_by_length(rows: Sequence[Row], min_len: int | None) -> str | None:
 def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]) -> str | None:
     """Plot device time against the bytes a case must touch, with the card's read-limit curve.
 
-    read_limit: pairs (MB, µs) of the session's calibration; empty: no curve. Prefill is left out: its rows share K, V.
+    read_limit: pairs (bytes, µs) of the session's calibration; empty: no curve. Without prefill: its rows share K, V.
     """
     methods = ("packed_sdpa", "packed_sdpa_compiled", "sdpa_core", "triton")
     chosen = [r for r in rows if r["family"] != "prefill" and r["bytes"] and r["device_us"] and r["method"] in methods]
@@ -104,7 +104,13 @@ def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]
                 ax.scatter(x, y, s=13, color=color, marker=marker, alpha=0.65, linewidths=0, label=label)
         if read_limit:
             curve = sorted(read_limit)
-            ax.plot([mb for mb, _ in curve], [us for _, us in curve], color="black", linewidth=1.3, label="read limit")
+            ax.plot(
+                [size / 1e6 for size, _ in curve],
+                [us for _, us in curve],
+                color="black",
+                linewidth=1.3,
+                label="read limit",
+            )
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("distinct bytes touched (MB)")

@@ -146,7 +146,7 @@ def write(run: Path, baseline: Path | None, out: Path, config: SelConfig) -> lis
     drawn = [r for r in rows if r["L"] and r["N"]] if decided else []
     pictures = {
         "speedup": plots.speedup_by_length(drawn, chosen),
-        "bytes": plots.time_by_bytes(drawn, _read_limit(saved.machine)),
+        "bytes": plots.time_by_bytes(drawn, read_limit(saved.machine)),
         "decode": plots.decode_times(drawn),
         "prefill": plots.prefill_times(drawn),
     }
@@ -178,12 +178,12 @@ def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tupl
     )
 
 
-def _read_limit(machine: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Return the calibration's (MB, µs) pairs that are numbers."""
+def read_limit(machine: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return the calibration's (bytes, µs) pairs that are numbers."""
     calibration = machine.get("calibration")
-    pairs = calibration.get("read_limit") if isinstance(calibration, Mapping) else None
+    pairs = calibration.get("read_limit_us") if isinstance(calibration, Mapping) else None
     found = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
-    return [(mb, us) for mb, us in found if _figure(mb) and _figure(us)]
+    return [(size, us) for size, us in found if _figure(size) and _figure(us)]
 
 
 def _figure(value: object) -> float | int | None:

@@ -161,11 +161,13 @@ class Decision:
 def decide(saved: Sequence[Saved], matrix: str = "full") -> Decision:
     """Apply the min-L rule to saved runs of one GPU; runs may repeat a matrix or hold chunks of it.
 
-    Raises: ThresholdError if there are no GPU figures, or the runs differ in GPU, driver, torch or Triton.
+    Raises: ThresholdError without GPU figures, with planted slow-downs, or for runs that differ in GPU or versions.
     Source: MEASURING, point 8.
     """
     gpu = _one_machine(saved)
     dtypes = sorted({str(extra.get("dtype")) for one in saved for extra in one.extras.values()} & set(DTYPES))
+    if any("planted" in extra for one in saved for extra in one.extras.values()):
+        raise ThresholdError("a run has planted slow-downs, which test the comparison; measure without --sel-plant")
     if not dtypes:
         raise ThresholdError(f"{saved[0].run.name}: no benchmark in it names a dtype of {', '.join(DTYPES)}")
     thresholds = []
