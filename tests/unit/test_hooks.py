@@ -232,3 +232,13 @@ def test_nsa_sel_compare_without_a_named_baseline_skips_slow_runs(stored, capsys
     stored("0003_x", 115, 3)
     assert regress.main([]) == 1
     assert f"{H200}/0001_x.json" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_told_by_its_date_not_by_its_number(stored):
+    other = H200.replace("3.12", "3.11")
+    stored("0001_new", 115, 9, folder=other)
+    stored("0005_old", 100, 2)
+    paths = {f"{other}/0001_new.json": 115, f"{H200}/0005_old.json": 100}
+    rows = [{**bench("a", "triton", us), "path": path} for path, us in paths.items()]
+    text = hooks.compare_rows(rows)
+    assert f"{H200}/0005_old.json" in text.split("->")[0] and "100.00 us -> 115.00 us" in text

@@ -115,6 +115,12 @@ def test_moved_machine_judges_triton_by_its_speed_up():
     assert not still.moved and len(still.regressions) == 2
 
 
+def test_one_changed_sdpa_case_is_no_moved_machine():
+    old = as_run([bench(case, "packed_sdpa", 100) for case in "abc"])
+    new = as_run([bench(case, "packed_sdpa", us) for case, us in (("a", 100), ("b", 200), ("c", 100))])
+    assert not regress.compare(old, new).moved
+
+
 def test_core_scope_has_its_own_partner():
     old = as_run([bench("a", "sdpa_core", 50), bench("a", "packed_sdpa", 50), bench("a", "triton_core", 20)])
     new = as_run([bench("a", "sdpa_core", 54), bench("a", "packed_sdpa", 50.1), bench("a", "triton_core", 22.2)])
