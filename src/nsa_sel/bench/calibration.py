@@ -13,8 +13,8 @@ from nsa_sel.bench import timing
 from nsa_sel.bench.machine import set_calibration
 from nsa_sel.bench.timing import DeviceTimer, WallTimer
 
-# Bytes of the read-limit curve: 0.25 MB, then about doubling, to 540 MB.
-READ_SIZES = tuple(int(mb * 1e6) // 4096 * 4096 for mb in (0.25, 0.53, 1.05, 2.2, 4.3, 8.7, 16.8, 33.6, 67.2, 134, 268, 540))
+READ_MB = (0.25, 0.53, 1.05, 2.2, 4.3, 8.7, 16.8, 33.6, 67.2, 134, 268, 540)
+READ_SIZES = tuple(int(mb * 1e6) // 4096 * 4096 for mb in READ_MB)
 COPY_BYTES = 540_000_000
 CURVE_ROUNDS = 15
 Curve = Sequence[Sequence[float]]  # [bytes, µs] pairs by rising size
@@ -23,8 +23,9 @@ Curve = Sequence[Sequence[float]]  # [bytes, µs] pairs by rising size
 def calibrate(timer: DeviceTimer | WallTimer) -> dict[str, Any]:
     """Measure and store the session's calibration; the figures are saved in `machine_info`.
 
-    tick_us: the timer's smallest step. On a GPU also event_pair_us (two events with nothing between them), null_kernel_us
-    (device, graph, eager), read_limit_us ([bytes, µs] pairs: a cold streaming read), copy_gbps, l2_mb, flush.
+    tick_us: the timer's smallest step. On a GPU also event_pair_us (two events with nothing between them),
+    null_kernel_us (device, graph, eager), read_limit_us ([bytes, µs] pairs: a cold streaming read), copy_gbps, l2_mb,
+    flush.
     """
     if isinstance(timer, WallTimer):
         values: dict[str, Any] = {"tick_us": time.get_clock_info("perf_counter").resolution * 1e6}

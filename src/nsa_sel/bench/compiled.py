@@ -15,7 +15,7 @@ from nsa_sel.bench.cases import Case
 from nsa_sel.bench.inputs import Inputs
 from nsa_sel.bench.timing import DeviceTimer, WallTimer
 
-# A static build costs seconds for every cell, so it is tried where the hot subset is typical, and for one cell a layout.
+# A static build costs seconds for every cell, so it is tried in one typical cell of a layout.
 STATIC_TRIED = {(256, 256, "few"), (256, 256, "many")}  # (L, N, layout) of `rows`
 STATIC_MUST_WIN = 1.05
 RECOMPILES = 64  # beyond it torch.compile would run eager, or with fullgraph raise

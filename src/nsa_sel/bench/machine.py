@@ -45,7 +45,7 @@ def _identity() -> dict[str, str | None]:
 
 
 def _driver() -> str | None:
-    """Return the driver's version, e.g. "580.95.05", or None where neither the kernel module nor nvidia-smi tells it."""
+    """Return the driver's version, e.g. "580.95.05"; None where neither the kernel module nor nvidia-smi tells it."""
     module = Path("/proc/driver/nvidia/version")
     if module.exists() and (match := re.search(r"(\d+\.\d+(?:\.\d+)?)\s", module.read_text())):
         return match[1]

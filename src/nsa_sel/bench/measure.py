@@ -31,6 +31,8 @@ class Bench:
     def __init__(self, flush: str = "read", plant: float | None = None) -> None:
         self.timer: DeviceTimer | WallTimer = DeviceTimer(flush) if torch.cuda.is_available() else WallTimer()
         self.on_gpu = isinstance(self.timer, DeviceTimer)
+        if not self.on_gpu:
+            torch.set_num_threads(1)  # with two, one busy core makes each OpenMP barrier wait for a scheduler's turn
         self.plant = plant
         self.calibration = calibrate(self.timer)
         self._state: CaseState | None = None
@@ -54,6 +56,14 @@ class Bench:
                 self._refused = case, str(reason)
                 raise
         return self._state
+
+    def fits(self, case: Case) -> bool:
+        """Tell whether the case's tensors fit on the device."""
+        try:
+            self.state(case)
+        except NotTimed:
+            return False
+        return True
 
     def free(self) -> None:
         """Free the tensors of the case at hand."""
@@ -130,7 +140,7 @@ class Bench:
             return {**_quartiles(samples), **extra, **self.figures(case, prepared, samples)}
 
     def measure_again(self, case: Case, method: str) -> dict[str, Any]:
-        """Measure the device time once more: `median`, `q1`, `q3` in seconds and `ci95_us`, as the comparison asks for."""
+        """Measure the device time once more: `median`, `q1`, `q3` in seconds and `ci95_us`, as a comparison wants."""
         with self.ready(case, method) as (prepared, _):
             samples = self.timer.samples(prepared.call)
             return {**_quartiles(samples), "ci95_us": [bound * 1e6 for bound in timing.median_ci(samples)]}

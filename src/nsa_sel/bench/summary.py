@@ -10,7 +10,10 @@ from typing import Any
 
 WORST_SHOWN = 10
 OPPONENTS = {"op": ("triton", ("packed_sdpa", "packed_sdpa_compiled")), "core": ("triton_core", ("sdpa_core",))}
-COLUMNS = ("case", "method", "time_us", "ci95_us", "speedup", "gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran")
+COLUMNS = (
+    *("case", "method", "time_us", "ci95_us", "speedup"),
+    *("gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,27 @@ def by_case(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping
     return dict(grouped)
 
 
-def speedups(grouped: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Speedup]:
+def fastest_sdpa(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the fastest SDPA result of every (case, scope)."""
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for result in results:
+        if result["method"] in OPPONENTS[result["scope"]][1]:
+            key = result["case"], result["scope"]
+            if key not in best or result["device_us"] < best[key]["device_us"]:
+                best[key] = result
+    return best
+
+
+def speedups(results: Sequence[Mapping[str, Any]]) -> list[Speedup]:
     """Compare Triton with the fastest SDPA form of the same scope, in every case that has both."""
+    best = fastest_sdpa(results)
     found = []
-    for case, timed in grouped.items():
-        for scope, (ours, others) in OPPONENTS.items():
-            rivals = [timed[method] for method in others if method in timed]
-            if ours in timed and rivals:
-                best = min(rivals, key=lambda result: result["device_us"])
-                name = f"{best['method']} ({best['sdpa_backend']})"
-                about = timed[ours]
-                found.append(
-                    Speedup(case, about["family"], about["layout"], scope, about["device_us"], best["device_us"], name)
-                )
+    for ours in results:
+        rival = best.get((ours["case"], ours["scope"]))
+        if ours["method"] == OPPONENTS[ours["scope"]][0] and rival is not None:
+            name = f"{rival['method']} ({rival['sdpa_backend']})"
+            times = ours["device_us"], rival["device_us"]
+            found.append(Speedup(ours["case"], ours["family"], ours["layout"], ours["scope"], *times, name))
     return found
 
 
@@ -59,7 +70,7 @@ def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not results:
         return ["nothing was timed"]
     grouped = by_case(results)
-    compared = speedups(grouped)
+    compared = speedups(results)
     head = f"{'family':<9}{'layout':<8}{'cases':>6}{'op x':>8}{'core x':>8}{'GB/s':>8}{'of limit':>10}"
     lines = [f"{head}   geomeans; op x: fastest SDPA form / triton, GB/s and limit: triton"]
     groups = dict.fromkeys((timed["family"], timed["layout"]) for timed in results)
@@ -72,10 +83,9 @@ def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
         shown = [timed["triton"] for timed in members if "triton" in timed]
         rate = _geomean(result["gbps"] for result in shown)
         share = _geomean(result["pct_of_limit"] for result in shown if result["pct_of_limit"] is not None)
-        lines.append(
-            f"{family:<9}{layout:<8}{len(members):>6}{_number(ratios['op'], '.2f'):>8}{_number(ratios['core'], '.2f'):>8}"
-            f"{_number(rate, '.0f'):>8}{_number(share, '.0f', ' %'):>10}"
-        )
+        speed = f"{_number(ratios['op'], '.2f'):>8}{_number(ratios['core'], '.2f'):>8}"
+        memory = f"{_number(rate, '.0f'):>8}{_number(share, '.0f', ' %'):>10}"
+        lines.append(f"{family:<9}{layout:<8}{len(members):>6}{speed}{memory}")
     if compared:
         lines += ["", "worst cases"]
         for s in sorted(compared, key=lambda s: s.ratio)[:WORST_SHOWN]:
@@ -86,12 +96,11 @@ def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return every benchmark as a row of text cells under COLUMNS; the speed-up is over the slowest form of its scope."""
-    grouped = by_case(results)
+    """Return every benchmark as text cells under COLUMNS; the speed-up is over the fastest SDPA form of its scope."""
+    best = fastest_sdpa(results)
     rows = []
     for result in results:
-        timed, ours = grouped[result["case"]], OPPONENTS[result["scope"]]
-        base = timed.get(ours[1][0])
+        base = best.get((result["case"], result["scope"]))
         low, high = result["ci95_us"]
         rows.append(
             {

@@ -22,7 +22,7 @@ __all__ = ["DeviceTimer", "Spread", "WallTimer", "call_time", "environment", "gr
 
 ROUNDS, WARMUP_ROUNDS = 50, 5
 L2_COVER = 4  # the flush reads so many times the size of L2
-# Between the flush and the start event the host runs pytest-benchmark's own code: some 20 µs, which the delay must outlast.
+# Between delay and start event the host runs pytest-benchmark's own code, some 20 µs, which the delay must outlast.
 DELAY_MARGIN_US = 40.0
 LONGEST_DELAY_US = 50_000.0
 CALL_BUDGET_S = 0.1  # a benchmark's call time; 20 blocks of 100 calls fit if a call takes up to 50 µs
@@ -72,10 +72,10 @@ class _Tick:
 class DeviceTimer:
     """Time one call at a time on the GPU, cold: L2 is filled with other data first, and launch cost is kept out.
 
-    A round is `setup()` (flush, then a delay on the device), `tick()`, the call, `tick()`. The host queues all of it during
-    the delay; a round in which it did not (the start event had already passed) is thrown away and repeated with a longer
-    delay. `flush`: "read" leaves L2 clean; "zeros" writes, as `triton.testing.do_bench` does, and leaves it dirty, so that
-    the next kernel pays for the write-back. It is there to show that difference.
+    A round is `setup()` (flush, then a delay on the device), `tick()`, the call, `tick()`. The host queues all of it
+    during the delay; a round in which it did not (the start event had already passed) is thrown away and repeated with
+    a longer delay. `flush`: "read" leaves L2 clean; "zeros" writes, as `triton.testing.do_bench` does, and leaves it
+    dirty, so that the next kernel pays for the write-back. It is there to show that difference.
     """
 
     def __init__(self, flush: str = "read") -> None:
@@ -106,7 +106,7 @@ class DeviceTimer:
         self.cycles_per_us = cycles / (start.elapsed_time(end) * 1e3)
 
     def arm(self, call: Call) -> None:
-        """Make `call` the one that is timed: warm it up, and take the delay from how long the host needs to queue it."""
+        """Make `call` the timed one: warm it up, and take the delay from how long the host needs to queue it."""
         self._call = call
         for _ in range(3):
             call()
@@ -139,7 +139,7 @@ class DeviceTimer:
             self.repeated += 1
             self.delay_us *= 1.5
             if self.delay_us > LONGEST_DELAY_US:
-                raise RuntimeError("the call waits for the device, so its device time cannot be told from its host time")
+                raise RuntimeError("the call waits for the device: its device time cannot be told from its host time")
             end.event.synchronize()
             self.setup()
             self.tick()
@@ -261,7 +261,7 @@ def graph_time(call: Call, device_us: float) -> Spread:
 
 
 def plan(call_us: float, budget_s: float, calls: int, groups: int = 20) -> tuple[int, int]:
-    """Fit groups x calls into a budget: first fewer calls (to 10), then fewer groups (to 6, enough for a CI), then 1 call."""
+    """Fit groups x calls into a budget: fewer calls (to 10), then fewer groups (to 6, enough for a CI), then 1 call."""
     affordable = max(1, int(budget_s * 1e6 / max(call_us, 0.1)))
     calls = min(calls, max(10, affordable // groups))
     groups = min(groups, max(6, affordable // calls))

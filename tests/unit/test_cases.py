@@ -1,0 +1,152 @@
+"""The matrix and its inputs: counts, names, lengths, layouts and bytes, against plain Python."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from nsa_sel.bench import cases
+from nsa_sel.bench.cases import Case
+from nsa_sel.bench.inputs import make_inputs, make_ranges, memory_estimate, ragged_lengths, traffic
+
+FULL = cases.matrix("full")
+
+
+def tokens(case: Case, ranges: torch.Tensor) -> list[list[list[int]]]:
+    """Return every row's spans as lists of token numbers."""
+    rows = ranges.reshape(case.N, -1, 2).tolist()
+    return [[list(range(max(a, 0), min(b, case.S_kv))) for a, b in row] for row in rows]
+
+
+def test_every_family_has_its_cases():
+    assert Counter(case.family for case in FULL) == {"rows": 504, "ragged": 9, "decode": 123, "long": 2, "prefill": 20}
+    decode = Counter((case.S_kv, case.L) for case in FULL if case.family == "decode" and case.H < 16)
+    # 2 H x 4 widths x 3 batches; contexts up to 512 are selected whole by n_sel 8 and 16 alike, hence once.
+    assert decode == dict.fromkeys([(128, 128), (256, 256), (512, 512), (8192, 512), (8192, 1024)], 24)
+
+
+def test_subsets():
+    hot, smoke = cases.matrix("hot"), cases.matrix("smoke")
+    assert set(hot) < set(FULL) and set(smoke) < set(FULL)
+    assert Counter(case.family for case in hot) == {"rows": 63, "decode": 3}
+    assert {(c.H, c.D, c.Dv) for c in hot if c.family == "rows"} == {(8, 128, 128)}
+    assert sum(len(case.methods) for case in hot) == 330
+    assert sum("triton" not in m and "compiled" not in m for c in smoke for m in c.methods) >= 24
+    assert {case.layout for case in smoke} == set(cases.LAYOUTS)
+
+
+def test_ids_are_unique_and_stable():
+    ids = [case.id for dtype in cases.DTYPES for case in cases.matrix("full", dtype)]
+    assert len(set(ids)) == len(ids) == 2 * len(FULL)
+    assert "rows-bf16-H8-D128-Dv128-L512-N1024-many" in ids
+    assert cases.rows_case("bf16", "many", 8, 128, 128, 512, 1024).seed == 1708012210  # a new seed is a new baseline
+
+
+def test_only_hot_cases_are_compiled():
+    for case in FULL:
+        assert ("packed_sdpa_compiled" in case.methods) == case.hot
+        assert [cases.scope(m) for m in case.methods[-2:]] == ["core", "core"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("fast",), ("full", "fp8"), ("full", "bf16", "rows,columns")], ids=["matrix", "dtype", "family"]
+)
+def test_unknown_names_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected one of"):
+        cases.matrix(*arguments)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: cases.rows_case("bf16", "many", 8, 64, 64, 60, 4),
+    lambda: cases.rows_case("bf16", "mixed", 8, 64, 64, 7, 4),
+    lambda: cases.decode_case("bf16", "few", 4, 64, 64, 100, 1, 8192),
+    lambda: cases.decode_case("bf16", "few", 4, 64, 64, 256, 1, 128),
+])  # fmt: skip
+def test_impossible_lengths_are_refused(make):
+    with pytest.raises(ValueError, match="^L: value is"):
+        make()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("L", [16, 64, 1024])
+def test_rows_select_L_tokens_once_spread_over_the_context(layout, L):
+    case = cases.rows_case("bf16", layout, 4, 64, 64, L, 64)
+    counts = Counter()
+    for row in tokens(case, make_ranges(case)):
+        spans = [span for span in row if span]
+        flat = [token for span in spans for token in span]
+        assert len(flat) == len(set(flat)) == L and flat == sorted(flat)
+        counts[len(spans)] += 1
+        if layout == "many":
+            assert [span[0] // 256 for span in spans] == list(range(8)) and {len(span) for span in spans} == {L // 8}
+        elif layout == "few":
+            assert spans == [list(range(L))]
+    assert set(counts) == {"few": {1}, "many": {8}, "mixed": {2, 4, 8}}[layout]
+
+
+def test_ragged_lengths_have_the_mean_and_the_ratio():
+    for case in cases.matrix("full", family="ragged"):
+        L = ragged_lengths(case)
+        assert abs(sum(L) / len(L) / case.L - 1) < 0.01 and 13 < max(L) / min(L) <= 17 and max(L) <= case.S_kv
+        drawn = [len(row[0]) for row in tokens(case, make_ranges(case))]
+        assert sorted(drawn) == L and drawn != L  # the long rows stand anywhere
+
+
+def test_decode_selects_whole_blocks():
+    case = cases.decode_case("bf16", "many", 4, 64, 64, 512, 2, 8192)
+    for row in tokens(case, make_ranges(case)):
+        starts = [span[0] for span in row]
+        assert starts[0] == 0 and starts[-1] == 8192 - 64 and len(set(starts)) == 8
+        assert all(start % 64 == 0 and len(span) == 64 for start, span in zip(starts, row, strict=True))
+    few = cases.decode_case("bf16", "few", 4, 64, 64, 512, 2, 8192)
+    for row in tokens(few, make_ranges(few)):
+        flat = sum(row, [])
+        assert flat == list(range(flat[0], flat[0] + 512))
+
+
+def test_prefill_is_causal_and_takes_the_first_and_the_own_block():
+    case = next(c for c in cases.matrix("full", family="prefill") if (c.S, c.G, c.L) == (1024, 4, 512))
+    lengths = []
+    for row, spans in enumerate(tokens(case, make_ranges(case))):
+        position = row // case.G % case.S
+        spans = [span for span in spans if span]
+        flat = sum(spans, [])
+        own = list(range(position // 64 * 64, position + 1))
+        assert len(flat) == len(set(flat)) and max(flat) == position and own in spans
+        assert spans[0][0] == 0 and len(spans) == min(8, position // 64 + 1)
+        lengths.append(len(flat))
+    assert min(lengths) == 1 and max(lengths) == case.L  # the hints that make_inputs gives
+
+
+@pytest.mark.parametrize("case", [case for case in cases.matrix("smoke") if case.L <= 64], ids=lambda case: case.id)
+def test_inputs_have_the_shapes_hints_and_bytes_of_the_case(case):
+    x = make_inputs(case, "cpu")
+    assert x.q.shape == (case.B, case.S, case.G, case.H, case.D) and x.q.dtype == torch.bfloat16
+    assert x.k.shape == (case.B, case.G, case.S_kv, case.D) and x.v.shape == (case.B, case.G, case.S_kv, case.Dv)
+    assert x.ranges.shape == (case.B, case.S, case.G, case.n_spans, 2) and x.ranges.dtype == torch.int32
+    L = [sum(map(len, row)) for row in tokens(case, x.ranges)]
+    assert (x.min_len, x.max_len) == (min(L), max(L))
+    again = make_inputs(case, "cpu")
+    assert all(torch.equal(getattr(x, name), getattr(again, name)) for name in ("q", "k", "v", "ranges"))
+
+
+def test_bytes_count_shared_tokens_once_and_rows_separately():
+    shape = {"S": 256, "G": 2, "S_kv": 256, "block": 64}
+    case = Case("prefill", "bf16", "many", 4, 64, 32, 128, 512, **shape)
+    x = make_inputs(case, "cpu")
+    distinct, every = set(), 0
+    for row, spans in enumerate(tokens(case, x.ranges)):
+        group = (row // (case.S * case.G), row % case.G)
+        distinct |= {(group, token) for span in spans for token in span}
+        every += sum(map(len, spans))
+    fixed = 2 * (case.N * 4 * 64 + case.N * 4 * 32) + 4 * 2 * case.n_spans * case.N  # q, out, ranges
+    assert traffic(x) == (len(distinct) * (64 + 32) * 2 + fixed, every * (64 + 32) * 2 + fixed)
+
+
+def test_memory_estimate_covers_the_tensors():
+    for case in FULL:
+        kv = case.B * case.G * case.S_kv * (case.D + case.Dv) * 2
+        packed = case.N * case.L * (case.D + case.Dv) * 2
+        assert kv + 2 * packed < memory_estimate(case) < 30e9  # the whole matrix fits a card of 40 GB

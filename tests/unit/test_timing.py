@@ -1,0 +1,142 @@
+"""The instrument's arithmetic, its wall-clock form, and the summary: no GPU needed."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from nsa_sel.bench import cases, methods, summary, timing
+from nsa_sel.bench.calibration import calibrate, limit_us
+from nsa_sel.bench.cases import Case
+from nsa_sel.bench.machine import environment
+from nsa_sel.bench.measure import Bench, is_planted
+from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
+from nsa_sel.bench.timing import WallTimer, median_ci, plan
+
+SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (50, (18, 33)), (100, (40, 61))])
+def test_median_ci_takes_the_ranks_of_the_textbook(n, ranks):
+    samples = [float(rank) for rank in range(1, n + 1)]
+    random.Random(n).shuffle(samples)
+    assert median_ci(samples) == ranks
+    # The pair covers 95 % and the next narrower one does not.
+    low = ranks[0]
+    tail = sum(math.comb(n, i) for i in range(low)) / 2**n
+    assert 1 - 2 * tail >= 0.95 > 1 - 2 * (tail + math.comb(n, low) / 2**n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_median_ci_of_too_few_samples_is_their_range(n):
+    assert median_ci([float(i) for i in range(n)]) == (0.0, n - 1.0)
+
+
+def test_limit_is_linear_between_points_flat_below_and_proportional_beyond():
+    curve = [[1e6, 4.0], [2e6, 5.0], [4e6, 9.0]]
+    assert [limit_us(size, curve) for size in (1e3, 1e6, 1.5e6, 2e6, 3e6, 4e6, 8e6)] == [4, 4, 4.5, 5, 7, 9, 18]
+
+
+@pytest.mark.parametrize(
+    ("call_us", "expected"), [(10, (20, 100)), (50, (20, 100)), (200, (20, 25)), (1000, (10, 10)), (30_000, (6, 1))]
+)
+def test_plan_keeps_the_budget_with_as_many_calls_as_it_can(call_us, expected):
+    assert plan(call_us, 0.1, calls=100) == expected
+
+
+def test_wall_timer_gives_one_sample_a_round_and_calls_the_warm_ups_too():
+    calls = []
+    samples = WallTimer().samples(lambda: calls.append(1), rounds=7, warmup=2)
+    assert len(samples) == 7 and len(calls) == 9 and min(samples) > 0
+
+
+def test_tick_belongs_to_the_timer_in_use():
+    class Counter(WallTimer):
+        def tick(self) -> float:
+            return 42.0
+
+    timing.use(Counter())
+    try:
+        assert timing.tick() == 42.0
+    finally:
+        timing.use(WallTimer())
+
+
+def test_calibration_is_part_of_the_environment():
+    values = calibrate(WallTimer())
+    assert environment()["calibration"] == values and values["tick_us"] > 0
+
+
+@pytest.fixture
+def cpu_bench(monkeypatch):
+    environment()  # kept for the process: it must not be read first where the GPU is hidden
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return Bench()
+
+
+def test_a_measurement_says_what_ran_and_has_every_pinned_key(cpu_bench):
+    found = cpu_bench.measure(SMALL, "packed_sdpa", rounds=6, warmup=1)
+    pinned = (
+        "case family scope method dtype layout H D Dv L N bytes gbps limit_us pct_of_limit ci95_us call_us "
+        "call_ci95_us graph_us graph_ci95_us bytes_rows mae sdpa_backend seed gpu gpu_id driver torch triton"
+    )
+    assert set(pinned.split()) <= set(found)
+    assert (found["case"], found["scope"], found["seed"]) == (SMALL.id, "op", SMALL.seed)
+    assert found["ci95_us"][0] <= found["median"] * 1e6 <= found["ci95_us"][1]
+    assert found["gbps"] == pytest.approx(found["bytes"] / found["median"] / 1e9)
+    assert 0 < found["mae"] < 1e-3
+
+
+@pytest.mark.parametrize("method", ["triton", "triton_core", "packed_sdpa_compiled"])
+def test_what_needs_a_gpu_is_not_timed_without_one(cpu_bench, method):
+    with pytest.raises(NotTimed, match="no GPU"):
+        cpu_bench.measure(SMALL, method)
+
+
+@pytest.mark.parametrize("family", ["rows", "ragged"])
+def test_both_references_pass_the_gate_and_a_wrong_row_fails_it(family):
+    case = SMALL if family == "rows" else Case("ragged", "bf16", "few", 4, 64, 64, 64, 8)
+    state = CaseState(case, WallTimer())
+    for method in ("packed_sdpa", "sdpa_core"):
+        assert methods.check(state, methods.prepare(state, method)) < 1e-3
+    right = methods.prepare(state, "packed_sdpa")
+    row = state.expected[0][3:4]
+    wrong = Prepared(lambda: right.call().index_fill(0, row, 0.0), right.result)
+    with pytest.raises(WrongResult, match=case.id):
+        methods.check(state, wrong)
+
+
+def test_one_case_is_held_at_a_time(cpu_bench):
+    first = cpu_bench.state(SMALL)
+    assert cpu_bench.state(SMALL) is first
+    other = cpu_bench.state(cases.rows_case("bf16", "few", 4, 64, 64, 64, 8))
+    assert other is not first and cpu_bench.state(SMALL) is not first
+
+
+def test_a_tenth_is_planted():
+    pairs = [(case, method) for case in cases.matrix("full") for method in case.methods]
+    share = sum(is_planted(*pair) for pair in pairs) / len(pairs)
+    assert 0.08 < share < 0.12
+
+
+def result(case: Case, method: str, device_us: float) -> dict:
+    about = {"case": case.id, "family": case.family, "layout": case.layout, "scope": cases.scope(method)}
+    about |= {"method": method, "device_us": device_us, "gbps": 100.0, "pct_of_limit": 50.0, "ci95_us": [1.0, 2.0]}
+    return about | {"gpu": "Testcard", "sdpa_backend": "flash", "call_us": None, "graph_us": 3.0, "mae": 1e-4}
+
+
+def test_summary_compares_with_the_fastest_sdpa_form_of_the_same_scope():
+    fast, slow = (cases.rows_case("bf16", "few", 8, 128, 128, L, 64) for L in (64, 128))
+    results = [
+        *(result(fast, m, us) for m, us in [("triton", 10.0), ("packed_sdpa", 80.0), ("packed_sdpa_compiled", 40.0)]),
+        *(result(fast, m, us) for m, us in [("triton_core", 10.0), ("sdpa_core", 15.0)]),
+        *(result(slow, m, us) for m, us in [("triton", 10.0), ("packed_sdpa", 90.0), ("triton_core", 20.0)]),
+    ]
+    ratios = {(s.case, s.scope): s.ratio for s in summary.speedups(results)}
+    assert ratios == {(fast.id, "op"): 4.0, (fast.id, "core"): 1.5, (slow.id, "op"): 9.0}
+    lines = summary.screen(results)
+    assert lines[1].split() == ["rows", "few", "2", "6.00", "1.50", "100", "50", "%"]
+    assert any(line.startswith(" 1.50x core") and fast.id in line for line in lines)
+    assert len(summary.aligned(summary.table(results))) == len(results) + 1
