@@ -1,6 +1,7 @@
 """Where the parity suite runs, the proof that the kernel did, and the summary at the end.
 
-On a GPU the suite uses real kernels only; without one, Triton's interpreter, which must be chosen before triton is imported.
+On a GPU the suite uses real kernels only; without one, Triton's interpreter, which must be chosen before the first
+import of triton.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ MARK = "triton_sel_parity"  # in the name of every test that runs the kernel
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker and the Hypothesis profile: the same examples every time unless --hypothesis-seed asks for others."""
+    """Register the marker and the Hypothesis profile: always the same examples, unless --hypothesis-seed is given."""
+    # PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m sanitizer tests/parity
+    # (PyTorch's caching allocator would hide reads past the end of a tensor)
     config.addinivalue_line("markers", "sanitizer: a quick parity test that also runs under compute-sanitizer")
     derandomize = config.getoption("hypothesis_seed", None) is None
-    hypothesis.settings.register_profile("parity", derandomize=derandomize, deadline=None, database=None, print_blob=False)
+    hypothesis.settings.register_profile("parity", derandomize=derandomize, deadline=None, database=None)
     hypothesis.settings.load_profile("parity")
 
 
@@ -81,7 +84,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     records = getattr(sys.modules.get("parity_case"), "RECORDS", [])
     if not records:
         return
-    where = f"real kernels on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "Triton's interpreter, no GPU"
+    on_gpu = torch.cuda.is_available()
+    where = f"real kernels on {torch.cuda.get_device_name()}" if on_gpu else "Triton's interpreter, no GPU"
     variants = {(r.case.dtype, r.case.H, r.case.D, r.case.Dv, r.launch) for r in records}
     terminalreporter.section("parity of the Triton kernel")
     terminalreporter.line(f"{len(records)} comparisons with {where}; {len(variants)} kernel variants")

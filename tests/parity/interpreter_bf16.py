@@ -1,7 +1,7 @@
 """Import this to make Triton's interpreter round fp32 to bf16 to nearest even, as GPUs do.
 
-As shipped (3.6, 3.7) it truncates. That doubles the error of every bf16 result and biases it towards zero, so a right kernel
-misses the gate: MAE 1.6e-3 where rounding gives 0.6e-3. The gate stays as it is; the interpreter is put right.
+As shipped (seen in 3.7.1) it truncates, which biases every bf16 result towards zero, so that a right kernel misses the
+gate: MAE 1.6e-3 where rounding gives 0.6e-3. The gate stays as it is; the interpreter is put right.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from nsa_sel.bench import gate
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
-    import interpreter_bf16  # noqa: F401: rounds as a GPU does
+    import interpreter_bf16  # noqa: F401
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Source text, because a repro prints what the suite ran.
@@ -81,8 +81,8 @@ def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = (torch.randn(s).to(case.dtype).to(DEVICE) for s in _shapes(case))
     q = q * case.q_factor
     if case.edit:
-        exec(case.edit, {"torch": torch, "q": q, "k": k, "v": v})  # noqa: S102: the repro prints the same statement
-    view = eval(VIEWS[case.view])  # noqa: S307
+        exec(case.edit, {"torch": torch, "q": q, "k": k, "v": v})  # the repro prints the same statement
+    view = eval(VIEWS[case.view])
     q, k, v, ranges = (view(t) for t in (q, k, v, case.ranges.to(DEVICE)))
     if case.row is not None:
         b, s, g = case.row
@@ -170,7 +170,8 @@ def repro(case: Case) -> str:
     if case.row is not None:  # only this row's spans need printing
         b, s, g = case.row
         ranges = ranges[b : b + 1, s : s + 1, g : g + 1]
-        keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k[{b}:{b + 1}, {g}:{g + 1}], v[{b}:{b + 1}, {g}:{g + 1}]"
+        k_part = f"[{b}:{b + 1}, {g}:{g + 1}]"
+        keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k{k_part}, v{k_part}"
     if case.launch is not None:
         launch = f", launch=tuning.{case.launch!r}"
     given = "".join(f", {name}={value}" for name, value in hints(case, tensors(case)[3]).items())

@@ -18,18 +18,21 @@ DTYPE = st.sampled_from((torch.bfloat16, torch.float16, torch.float32))
 INDEX = st.sampled_from((torch.int32, torch.int64))
 
 
-def row_from_runs(runs: list[tuple[int, int, int, int]], S_kv: int, max_spans: int, max_L: int) -> list[tuple[int, int]]:
-    """Expand runs (start, length, step, count) to spans: step = length touches, less overlaps, 0 repeats, below 0 goes back.
+Spans = list[tuple[int, int]]
+
+
+def row_from_runs(runs: list[tuple[int, int, int, int]], S_kv: int, max_spans: int, max_L: int) -> Spans:
+    """Expand runs (start, length, step, count): step = length touches, less overlaps, 0 repeats, below 0 goes back.
 
     Stops where the row would have more than max_spans spans or max_L tokens.
     """
-    spans: list[tuple[int, int]] = []
+    spans: Spans = []
     L = 0
     for start, length, step, count in runs:
         for i in range(count):
             span = (start + i * step, start + i * step + length)
             L += max(0, min(span[1], S_kv) - max(span[0], 0))
-            if L > max_L or len(spans) == max_spans:
+            if max_L < L or len(spans) == max_spans:
                 return spans
             spans.append(span)
     return spans
@@ -44,9 +47,9 @@ def cases(draw: st.DrawFn, max_spans: int = MAX_SPANS) -> Case:
         st.integers(-4, 140),
         st.integers(1, 4) | st.integers(1, max_spans),
     )
-    odd_ones = st.lists(st.sampled_from(OUT_OF_RANGE), max_size=2)
+    a_row = st.tuples(st.lists(runs, max_size=5), st.lists(st.sampled_from(OUT_OF_RANGE), max_size=2))
     drawn = []
-    for runs_of_row, wild in draw(st.lists(st.tuples(st.lists(runs, max_size=5), odd_ones), min_size=1, max_size=MAX_ROWS)):
+    for runs_of_row, wild in draw(st.lists(a_row, min_size=1, max_size=MAX_ROWS)):
         drawn.append(row_from_runs(runs_of_row, S_kv, max_spans - 2, MAX_L) + (wild if S_kv <= MAX_L // 2 else []))
     dtype, index = draw(DTYPE), draw(INDEX)
     return Case(rows(*drawn, dtype=index), S_kv, dtype=dtype, seed=draw(st.integers(0, 99)))

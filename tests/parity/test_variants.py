@@ -1,13 +1,17 @@
-"""Every way to launch the kernel, forced one by one: gathered and whole tiles, TMA, split rows, tiles, warps and stages."""
+"""Every way to launch the kernel, forced one by one: loads, tiles, split rows, column chunks, warps and stages."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
 import torch
 from parity_case import DEVICE, Case, check, here, rows
+
+from nsa_sel import tuning
+
+LOADS = sorted({config.load for config in tuning.candidate_configs(4, 64, 64)})
 
 # Spans longer than the largest tile, remainders of every kind, an empty row, one token, doubly covered keys.
 RANGES = rows(
@@ -21,16 +25,16 @@ S_KV = 300
 
 
 @cache
-def covering(H: int, D: int, Dv: int, tiles: tuple[int, ...], splits: tuple[int, ...], every_warp: bool = False) -> list:
-    """Return few of the candidates: every load meets each of these tiles and splits and, if asked, each warp and stage count.
+def covering(
+    H: int, D: int, Dv: int, tiles: tuple[int, ...], splits: tuple[int, ...], every_warp: bool = False
+) -> list[tuning.LaunchConfig]:
+    """Return few of the candidates: every load meets each of these tiles and splits.
 
-    The interpreter knows neither warps nor stages.
+    every_warp: and each number of warps and of stages, of which the interpreter knows nothing.
     """
-    from nsa_sel import tuning
-
     candidates = [c for c in tuning.candidate_configs(H, D, Dv) if c.block_l in tiles and c.splits in splits]
     if not every_warp or DEVICE == "cpu":
-        some = next(c for c in candidates if c.num_warps == 4 and c.num_stages > 1)
+        some = min(candidates, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
         candidates = [c for c in candidates if (c.num_warps, c.num_stages) == (some.num_warps, some.num_stages)]
     missing = {pair for config in candidates for pair in _pairs(config)}
     chosen = []
@@ -41,12 +45,12 @@ def covering(H: int, D: int, Dv: int, tiles: tuple[int, ...], splits: tuple[int,
     return chosen
 
 
-def small_covering() -> list:
+def small_covering() -> list[tuning.LaunchConfig]:
     """Return what the other tests of variants launch, at H = 4 and D = Dv = 64."""
     return covering(4, 64, 64, (16, 64), (1, 4))
 
 
-def _pairs(config) -> set:
+def _pairs(config: tuning.LaunchConfig) -> set[tuple[str, str, object]]:
     return {(config.load, name, value) for name, value in asdict(config).items()}
 
 
@@ -55,7 +59,7 @@ def _needs_tma(load: str) -> None:
         pytest.skip("TMA needs compute capability 9.0")
 
 
-@pytest.mark.parametrize("load", ("gather", "whole", "tma"))
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
     ("dtype", "H", "D", "Dv", "tiles", "splits", "every_warp"),
     [
@@ -70,3 +74,11 @@ def test_triton_sel_parity_of_launch_variants(dtype, H, D, Dv, tiles, splits, ev
     for config in covering(H, D, Dv, tiles, splits, every_warp):
         if config.load == load:
             check(Case(RANGES, S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config))
+
+
+@pytest.mark.parametrize(("block_d", "block_dv"), ((16, 64), (64, 16), (32, 32)))
+def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
+    for load in LOADS:
+        if load != "tma" or DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
+            config = next(c for c in small_covering() if c.load == load and c.splits > 1)
+            check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))

@@ -31,9 +31,15 @@ def draw(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tenso
     return q, k, v, ranges
 
 
+def _mean(weights: list[float], values: list[list[float]]) -> list[float]:
+    total = sum(weights) or 1.0
+    return [sum(w * value[d] for w, value in zip(weights, values, strict=True)) / total for d in range(Dv)]
+
+
 def by_hand(q, k, v, ranges, scale: float) -> list:
     """Compute the operation on nested lists with math.exp and nothing else."""
     q, k, v, ranges = (x.tolist() for x in (q.double(), k.double(), v.double(), ranges))
+    dims = range(D)
     out = [[[[None] * H for _ in range(G)] for _ in range(S)] for _ in range(B)]
     for b in range(B):
         for s in range(S):
@@ -41,9 +47,8 @@ def by_hand(q, k, v, ranges, scale: float) -> list:
                 chosen = [t for start, end in ranges[b][s][g] for t in range(max(start, 0), min(end, S_kv))]
                 for h in range(H):
                     query = q[b][s][g][h]
-                    weights = [math.exp(scale * sum(x * y for x, y in zip(query, k[b][g][t]))) for t in chosen]
-                    total = sum(weights) or 1.0
-                    out[b][s][g][h] = [sum(w * v[b][g][t][d] for w, t in zip(weights, chosen)) / total for d in range(Dv)]
+                    weights = [math.exp(scale * sum(query[d] * k[b][g][t][d] for d in dims)) for t in chosen]
+                    out[b][s][g][h] = _mean(weights, [v[b][g][t] for t in chosen])
     return out
 
 
