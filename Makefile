@@ -1,5 +1,5 @@
 # `make test` on a fresh clone sets up .venv and tests. `make test PY=python3` uses that interpreter and installs nothing.
-.PHONY: test parity perf bench aot lint
+.PHONY: test parity perf bench lint
 .DEFAULT_GOAL := test
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
@@ -31,9 +31,6 @@ bench: $(INSTALLED)
 	$(MAKE) --no-print-directory parity perf; status=$$?; \
 	echo 'Files written:'; find .benchmarks bench/results -type f -newer $$marker 2>/dev/null; \
 	rm $$marker; exit $$status
-
-aot: $(INSTALLED) ## every kernel variant the launcher can choose, for every supported architecture
-	$(PY) -m nsa_sel.aot
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
