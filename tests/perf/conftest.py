@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nsa_sel.bench import summary
+from nsa_sel.bench import decision, summary, thresholds
 from nsa_sel.bench.measure import Bench
+from nsa_sel.bench.runs import RunError
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     for reason, count in skipped.most_common(5):
         terminalreporter.write_line(f"{count} {reason}")
-    terminalreporter.write_line(_where_saved(session))
+    files = _saved(session)
+    if files and results[0]["gpu"] and not config.getoption("sel_family"):
+        terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
+    terminalreporter.write_line(f"saved in {', '.join(files)}" if files else "not saved; --benchmark-autosave does")
 
 
 def _reason(report: Any) -> str:
@@ -42,12 +46,21 @@ def _reason(report: Any) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _where_saved(session: Any) -> str:
-    if session is None or not session.benchmarks or not (session.save or session.autosave or session.json):
-        return "not saved; --benchmark-autosave does"
+def _proposal(path: str, matrix: str) -> str:
+    """Return the threshold that this run alone supports."""
+    try:
+        return decision.sentence(thresholds.decide([thresholds.Saved.load(path)], matrix))
+    except (RunError, thresholds.ThresholdError) as error:
+        return f"no threshold proposed: {error}"
+
+
+def _saved(session: Any) -> list[str]:
+    """Return the files that the run was saved in."""
+    if session is None or not session.benchmarks:
+        return []
     files = [str(session.json)] if session.json else []
     if session.save or session.autosave:
         storage = session.storage
         found = sorted(Path(storage.path, storage.default_machine_id or "").glob("[0-9]*.json"))
         files += [str(path) for path in found[-1:]]
-    return f"saved in {', '.join(files)}"
+    return files

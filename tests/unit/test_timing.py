@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import nsa_sel
 from nsa_sel.bench import cases, methods, summary, timing
 from nsa_sel.bench.calibration import calibrate, limit_us
 from nsa_sel.bench.cases import Case
@@ -67,6 +72,26 @@ def test_tick_belongs_to_the_timer_in_use():
 def test_calibration_is_part_of_the_environment():
     values = calibrate(WallTimer())
     assert environment()["calibration"] == values and values["tick_us"] > 0
+
+
+def test_the_streaming_kernel_reads_every_element_and_writes_nothing_for_zeros():
+    script = """
+import torch
+from nsa_sel.bench import streaming
+for n in (3 * 4096, 1000):
+    x, out = torch.zeros(n, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for at in (None, 0, n // 2, n - 1):
+        x.zero_()
+        out.fill_(-1)
+        if at is not None:
+            x[at] = 7
+        streaming._read[(3,)](x, out, n, BLOCK=1024)
+        assert out.item() == (-1 if at is None else 7), (n, at, out)
+"""
+    path = os.pathsep.join([str(Path(nsa_sel.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    interpreted = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=interpreted, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
