@@ -74,8 +74,8 @@ class DeviceTimer:
 
     A round is `setup()` (flush, then a delay on the device), `tick()`, the call, `tick()`. The host queues all of it
     during the delay; a round in which it did not (the start event had already passed) is thrown away and repeated, in
-    the end with a longer delay. `flush`: "read" leaves L2 clean; "zeros" writes, as `triton.testing.do_bench` does, and leaves it
-    dirty, so that the next kernel pays for the write-back. It is there to show that difference.
+    the end with a longer delay. `flush`: "read" leaves L2 clean; "zeros" writes, as `triton.testing.do_bench` does,
+    and leaves it dirty, so that the next kernel pays for the write-back. It is there to show that difference.
     """
 
     def __init__(self, flush: str = "read") -> None:
