@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference, routing, spans
-from .config import SelConfig, get_config
-from .routing import Route, UnsupportedError
+from .config import SelConfig, config_for_call, get_config
+from .routing import Route
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_plans: dict[
+    tuple, Any
+] = {}  # calls that were checked and routed to Triton, with the toggles that held: see triton_fwd
 
 
 def selection_attention(
@@ -27,35 +32,71 @@ def selection_attention(
     min_len: int | None = None,
     max_len: int | None = None,
     validate: bool | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Attend from every row to the concatenation of its selected spans: softmax(q·kᵀ·scale)·v.
 
     q [B, S, G, H, D], k [B, G, S_kv, D], v [B, G, S_kv, Dv] in fp16, bf16 or fp32, any strides but a contiguous last
     dimension. ranges int32 or int64 [B, S, G, n_spans, 2]: half-open token spans, clamped to [0, S_kv]; see spans.py.
     Returns [B, S, G, H, Dv], contiguous, in q's dtype; softmax and sums are fp32. A row without tokens gives zeros.
+    The same input gives the same bits on the same device and versions.
 
-    scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`), "triton", "packed_sdpa" and "masked_sdpa" run or
-    raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
+    scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`); "triton", "packed_sdpa" and "masked_sdpa" run
+    or raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
     validate: check ranges and hints, at the cost of a sync; None: as the toggle NSA_SEL_VALIDATE says.
+    return_lse: return the pair (result, natural-log LSE of every row and head, fp32 [B, S, G, H], -inf where L = 0);
+    only the Triton kernel computes it.
 
     Raises:
-        ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a bad toggle.
+        ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a toggle.
         UnsupportedError: the backend asked for by name cannot run this call, and why.
     Source: NSA (arXiv 2502.11089), section 3.3.2.
     """
-    config = get_config() if config is None else config
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.traced(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    key = None
+    if config is None and not validate:
+        try:
+            if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+                key = (
+                    q.shape, k.shape, v.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
+                    q.dtype, k.dtype, v.dtype, ranges.dtype, q.device, k.device, v.device, ranges.device,
+                    scale, backend, min_len, max_len, return_lse,
+                )  # fmt: skip
+        except AttributeError:
+            pass  # not a tensor: _check says which
+    if key is not None:
+        known = _plans.get(key)
+        if known is not None and known[0] is get_config():
+            return known[1].run(q, k, v, ranges, None, None)
+
+    config = config_for_call(config)
     _check(q, k, v, ranges, min_len, max_len)
     if config.sel_validate if validate is None else validate:
         spans.validate(ranges, k.shape[2], min_len, max_len)
+        key = None
+    hinted = max_len is not None
     if backend == "auto" and max_len is None and q.numel():
         min_len, max_len = reference.length_bounds(ranges, k.shape[2])
     chosen = _route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
         from . import triton_fwd
 
-        return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
-    exact = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if config.force_parity else contextlib.nullcontext()
-    with exact:
+        if return_lse:
+            lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
+            return triton_fwd.forward(q, k, v, ranges, scale=scale, max_len=max_len, lse=lse), lse
+        plan = triton_fwd.Plan(q, k, v, ranges, scale, max_len)
+        if key is not None and (hinted or backend == "triton"):
+            triton_fwd.remember(_plans, key, (config, plan))
+        return plan.run(q, k, v, ranges, None, None)
+    if return_lse:
+        raise routing.UnsupportedError(
+            f"return_lse: value is True, expected False with {chosen}, which does not compute it"
+        )
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if config.force_parity else contextlib.nullcontext():
         if chosen == "masked_sdpa":
             return reference.masked_sdpa(q, k, v, ranges, scale=scale)
         return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
@@ -77,10 +118,12 @@ def choose_route(
     Raises: as `selection_attention`.
     """
     _check(q, k, v, ranges, min_len, max_len)
-    return _route(q, k, v, ranges, backend, get_config() if config is None else config, max_len)
+    return _route(q, k, v, ranges, backend, config_for_call(config), max_len)
 
 
-def _route(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, backend: str, config: SelConfig, max_len: int | None) -> Route:
+def _route(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, backend: str, config: SelConfig, max_len: int | None
+) -> Route:
     on_gpu = q.device.type == "cuda"
     return routing.decide(
         backend,
@@ -136,6 +179,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, min_len: int | None,
             raise ValueError(f"{name}: value is {hint}, expected at least 0")
     if min_len is not None and max_len is not None and min_len > max_len:
         raise ValueError(f"min_len: value is {min_len}, expected at most max_len, which is {max_len}")
-
-
-__all__ = ["Route", "UnsupportedError", "choose_route", "selection_attention"]

@@ -20,15 +20,21 @@ STRIDE_ARGS = [
 ]
 
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
 @triton.jit
-def _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv):
-    """Load the spans offs_n clamped to [0, S_kv], int32 starts and ends; those past n_spans are empty."""
+def _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE: tl.constexpr):
+    """Load the starts and ends of the spans offs_n clamped to [0, S_kv]; those past n_spans are empty.
+
+    WIDE: as int64, since a row's tokens may not be countable in int32.
+    """
     mask_n = offs_n < n_spans
     at = row_ptr + offs_n * stride_rn
     start = tl.load(at, mask=mask_n, other=0)
     end = tl.load(at + 1, mask=mask_n, other=0)
-    start = tl.minimum(tl.maximum(start, 0), S_kv).to(tl.int32)
-    end = tl.minimum(tl.maximum(end, 0), S_kv).to(tl.int32)
+    start = tl.minimum(tl.maximum(start, 0), S_kv).to(tl.int64 if WIDE else tl.int32)
+    end = tl.minimum(tl.maximum(end, 0), S_kv).to(tl.int64 if WIDE else tl.int32)
     return start, tl.maximum(start, end)
 
 
@@ -79,14 +85,20 @@ def _attend(q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_ptr,
             stride_kt, stride_vt, mask_l, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
             GATHER: tl.constexpr):  # fmt: skip
     """Take one tile of tokens into the online softmax."""
-    s = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
-    s = _dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)), s)
+    zero = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
+    s = _dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)), zero)
     if D > BLOCK_D:
-        s = _dot(q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), s)
+        s += _dot(
+            q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), zero
+        )
     if D > 2 * BLOCK_D:
-        s = _dot(q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), s)
+        s += _dot(
+            q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), zero
+        )
     if D > 3 * BLOCK_D:
-        s = _dot(q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), s)
+        s += _dot(
+            q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), zero
+        )
     s = s * scale_log2
     if GATHER:
         s = tl.where(mask_l[None, :], s, float("-inf"))
@@ -123,22 +135,34 @@ def _store_out(out_ptr, acc, denom, C: tl.constexpr, H: tl.constexpr, DV: tl.con
 
 @triton.jit
 def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Address columns [C·BLOCK_DV, …) of a part's unnormalised result, fp32 [BLOCK_H, DV_PAD]."""
+    """Address columns [C·BLOCK_DV, …) of a part's unnormalised result, fp32 [H, DV_PAD]."""
     return part_ptr + tl.arange(0, BLOCK_H)[:, None] * DV_PAD + (C * BLOCK_DV + tl.arange(0, BLOCK_DV))[None, :]
 
 
 @triton.jit
-def _merge_parts(parts_ptr, weights_m, C: tl.constexpr, DV_PAD: tl.constexpr, PART: tl.constexpr, BLOCK_H: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Sum a column chunk of a row's parts, each scaled to the common maximum weights_m; no load waits for another."""
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-    for first in range(0, SPLITS, 8):
-        for i in tl.static_range(8 if SPLITS > 8 else SPLITS):
-            part_ptr = parts_ptr + (first + i) * PART
-            m_part = tl.load(part_ptr + BLOCK_H * DV_PAD + tl.arange(0, BLOCK_H), cache_modifier=".cg")
-            part = tl.load(_part_acc(part_ptr, C, DV_PAD, BLOCK_H, BLOCK_DV), cache_modifier=".cg")
-            acc += part * tl.exp2(m_part - weights_m)[:, None]
-    return acc
+def _merge(parts_ptr, out_ptr, lse_ptr, H: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PART: tl.constexpr,
+           BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Merge the parts of one row and write its result; BLOCK_M columns at a time, so that no load waits for another."""
+    offs_i = tl.arange(0, SPLITS)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    stats_at = parts_ptr + offs_i[:, None] * PART + H * DV_PAD + offs_h[None, :]
+    m_parts = tl.load(stats_at, mask=mask_h[None, :], other=0.0, cache_modifier=".cg")
+    l_parts = tl.load(stats_at + H, mask=mask_h[None, :], other=0.0, cache_modifier=".cg")
+    m_i = tl.max(m_parts, 0)
+    shift = tl.where(m_i == float("-inf"), 0.0, m_i)
+    weights = tl.exp2(m_parts - shift[None, :])
+    l_i = tl.sum(l_parts * weights, 0)
+    weights /= tl.where(l_i == 0, 1.0, l_i)[None, :]
+    for column in tl.static_range(0, DV, BLOCK_M):
+        offs_v = column + tl.arange(0, BLOCK_M)
+        at = offs_i[:, None, None] * PART + offs_h[None, :, None] * DV_PAD + offs_v[None, None, :]
+        parts = tl.load(parts_ptr + at, mask=mask_h[None, :, None], other=0.0, cache_modifier=".cg")
+        out = tl.sum(parts * weights[:, :, None], 0)
+        mask = mask_h[:, None] & (offs_v < DV)[None, :]
+        tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=offs_h < H)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
@@ -149,20 +173,21 @@ def _sel_fwd(
     stride_kb: tl.int64, stride_kg: tl.int64, stride_kt: tl.int64,
     stride_vb: tl.int64, stride_vg: tl.int64, stride_vt: tl.int64,
     stride_rb: tl.int64, stride_rs: tl.int64, stride_rg: tl.int64, stride_rn: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr, LOAD: tl.constexpr, REST_L: tl.constexpr, REST_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute the selection attention of row `program // SPLITS`, part `program % SPLITS`.
+    """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
-    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. WHOLE: load whole tiles, as
-    opposed to gathering all. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the counter
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. LOAD: "gather", "whole", "tma"
+    as the module says; with these the parts of a row are runs of tiles. "span": part i takes the spans i, i + SPLITS, …,
+    tile by tile. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the counter
     count_ptr[row] that it sets back to zero, merges them in a fixed order.
     """
-    row = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    s = S - 1 - row % S  # causal rows grow with s: the longest start first
-    g = row // S % G
-    b = (row // S // G).to(tl.int64)
+    s = S - 1 - tl.program_id(0) % S  # causal rows grow with s: the longest start first
+    b = (tl.program_id(0) // S).to(tl.int64)
+    g = tl.program_id(1)
+    split = tl.program_id(2)
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
@@ -177,37 +202,6 @@ def _sel_fwd(
     if D > 3 * BLOCK_D:
         q3 = _load_q(q_row, stride_qh * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
 
-    offs_n = tl.arange(0, BLOCK_N)
-    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
-    start, end = _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv)
-    length = end - start
-    n_whole = tl.zeros_like(length)
-    if WHOLE:
-        n_whole = length // BLOCK_L
-    rest = start + n_whole * BLOCK_L  # what is left of span j is [rest, end)
-    stop = tl.cumsum(end - rest, 0)  # and stops here in the packed remainder
-    whole_stop = tl.cumsum(n_whole, 0)
-    first = tl.sum(tl.where(offs_n == 0, start, 0))
-    first_rest = tl.sum(tl.where(offs_n == 0, rest, 0))
-    # Token = place + first + the gaps of the spans passed: gap j lies between the end of span j and the start of j + 1.
-    gap = end
-    whole_gap = end
-    if BLOCK_N > 1:
-        next_start, next_end = _load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv)
-        gap = next_start - end
-        whole_gap = next_start - rest
-        if WHOLE:
-            gap += (next_end - next_start) // BLOCK_L * BLOCK_L
-    L = tl.sum(length)
-    left = tl.sum(end - rest)
-    n_tiles = tl.sum(n_whole)
-    lo = 0
-    hi = n_tiles + tl.cdiv(left, BLOCK_L)
-    if SPLITS > 1:
-        share = tl.cdiv(hi, SPLITS)
-        lo = split * share
-        hi = tl.minimum(lo + share, hi)
-
     m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_H], tl.float32)
     acc0 = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
@@ -215,63 +209,77 @@ def _sel_fwd(
     acc2 = acc0
     acc3 = acc0
     offs_l = tl.arange(0, BLOCK_L)
+    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * UNIT
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
-    if WHOLE:
-        desc_row = (b * G + g).to(tl.int32) * S_kv
-        for t in range(lo, tl.minimum(hi, n_tiles)):
-            token = first + t * BLOCK_L
+    if LOAD == "span":
+        for n in range(split, n_spans, SPLITS):
+            start, end = _load_spans(row_ptr, stride_rn, n, n_spans, S_kv, WIDE)
+            for at in range(start, end, BLOCK_L):
+                token = at + offs_l
+                acc0, acc1, acc2, acc3, m_i, l_i = _attend(
+                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, None, None,
+                    0, token, stride_kt * UNIT, stride_vt * UNIT, token < end, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
+    else:
+        n_tiles = 0
+        offs_n = 0
+        if BLOCK_N > 1:
+            offs_n = tl.arange(0, BLOCK_N)
+        start, end = _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE)
+        rest = start  # what is left of span j for gathering is [rest, end)
+        if LOAD != "gather":
+            n_whole = (end - start) // BLOCK_L
+            rest = start + n_whole * BLOCK_L
+        first = start
+        first_rest = rest
+        left = end - rest
+        # Token = place + first + the gaps of the spans passed: gap j lies between the end of span j and the start of j + 1.
+        if BLOCK_N > 1:
+            first, first_end = _load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
+            next_start, next_end = _load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
+            stop = tl.cumsum(left, 0)  # where span j stops in the packed remainder
+            left = tl.sum(left)
+            gap = next_start - end
+            first_rest = first
+            if LOAD != "gather":
+                first_rest = first + (first_end - first) // BLOCK_L * BLOCK_L
+                gap += (next_end - next_start) // BLOCK_L * BLOCK_L
+                whole_gap = next_start - rest
+                whole_stop = tl.cumsum(n_whole, 0)
+                n_tiles = tl.sum(n_whole)
+        elif LOAD != "gather":
+            n_tiles = n_whole
+        lo = 0
+        hi = n_tiles + tl.cdiv(left, REST_L)
+        if SPLITS > 1:
+            share = tl.cdiv(hi, SPLITS)
+            lo = split * share
+            hi = tl.minimum(lo + share, hi)
+        if LOAD != "gather":
+            desc_row = (b * G + g).to(tl.int32) * S_kv
+            for t in range(lo, tl.minimum(hi, n_tiles)):
+                token = first + t * BLOCK_L
+                if BLOCK_N > 1:
+                    token += tl.sum(tl.where(whole_stop <= t, whole_gap, 0))
+                acc0, acc1, acc2, acc3, m_i, l_i = _attend(
+                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
+                    (desc_row + token).to(tl.int32), token + offs_l, stride_kt * UNIT, stride_vt * UNIT, offs_l < BLOCK_L,
+                    D, DV, BLOCK_D, BLOCK_DV, False)  # fmt: skip
+        for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
+            place = t * REST_L + tl.arange(0, REST_L)
+            token = first_rest + place
             if BLOCK_N > 1:
-                token += tl.sum(tl.where(whole_stop <= t, whole_gap, 0))
+                token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
             acc0, acc1, acc2, acc3, m_i, l_i = _attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
-                desc_row + token, token + offs_l, stride_kt * UNIT, stride_vt * UNIT, offs_l < BLOCK_L,
-                D, DV, BLOCK_D, BLOCK_DV, False)  # fmt: skip
-    for t in range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles):
-        place = t * BLOCK_L + offs_l
-        token = first_rest + place
-        if BLOCK_N > 1:
-            token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
-        acc0, acc1, acc2, acc3, m_i, l_i = _attend(
-            q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
-            0, token, stride_kt * UNIT, stride_vt * UNIT, place < left, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
+                0, token, stride_kt * UNIT, stride_vt * UNIT, place < left, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
 
     offs_h = tl.arange(0, BLOCK_H)
     out_at = out_ptr + out_row * (H * DV)
-    merging = True
-    if SPLITS > 1:
-        DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
-        PART: tl.constexpr = BLOCK_H * (DV_PAD + 2)  # acc [BLOCK_H, DV_PAD], m [BLOCK_H], l [BLOCK_H]
-        parts_at = part_ptr + out_row * (SPLITS * PART)
-        mine = parts_at + split * PART
-        tl.store(_part_acc(mine, 0, DV_PAD, BLOCK_H, BLOCK_DV), acc0)
-        if DV > BLOCK_DV:
-            tl.store(_part_acc(mine, 1, DV_PAD, BLOCK_H, BLOCK_DV), acc1)
-        if DV > 2 * BLOCK_DV:
-            tl.store(_part_acc(mine, 2, DV_PAD, BLOCK_H, BLOCK_DV), acc2)
-        if DV > 3 * BLOCK_DV:
-            tl.store(_part_acc(mine, 3, DV_PAD, BLOCK_H, BLOCK_DV), acc3)
-        tl.store(mine + BLOCK_H * DV_PAD + offs_h, m_i)
-        tl.store(mine + BLOCK_H * (DV_PAD + 1) + offs_h, l_i)
-        tl.debug_barrier()  # every thread's part is written before one of them says so
-        merging = tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == SPLITS - 1
-        if merging:
-            tl.store(count_ptr + out_row, 0)
-            each = parts_at + tl.arange(0, SPLITS)[:, None] * PART + BLOCK_H * DV_PAD + offs_h[None, :]
-            m_parts = tl.load(each, cache_modifier=".cg")
-            l_parts = tl.load(each + BLOCK_H, cache_modifier=".cg")
-            m_i = tl.max(m_parts, 0)
-            shift = tl.where(m_i == float("-inf"), 0.0, m_i)
-            l_i = tl.sum(l_parts * tl.exp2(m_parts - shift[None, :]), 0)
-            acc0 = _merge_parts(parts_at, shift, 0, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
-            if DV > BLOCK_DV:
-                acc1 = _merge_parts(parts_at, shift, 1, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
-            if DV > 2 * BLOCK_DV:
-                acc2 = _merge_parts(parts_at, shift, 2, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
-            if DV > 3 * BLOCK_DV:
-                acc3 = _merge_parts(parts_at, shift, 3, DV_PAD, PART, BLOCK_H, BLOCK_DV, SPLITS)
-    if merging:
-        denom = tl.where(L == 0, 1.0, l_i)
+    if lse_ptr is not None:
+        lse_ptr += out_row * H
+    if SPLITS == 1:
+        denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
         _store_out(out_at, acc0, denom, 0, H, DV, BLOCK_H, BLOCK_DV)
         if DV > BLOCK_DV:
             _store_out(out_at, acc1, denom, 1, H, DV, BLOCK_H, BLOCK_DV)
@@ -280,5 +288,23 @@ def _sel_fwd(
         if DV > 3 * BLOCK_DV:
             _store_out(out_at, acc3, denom, 3, H, DV, BLOCK_H, BLOCK_DV)
         if lse_ptr is not None:
-            lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
-            tl.store(lse_ptr + out_row * H + offs_h, lse, mask=offs_h < H)
+            tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=offs_h < H)
+    else:
+        DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
+        PART: tl.constexpr = H * (DV_PAD + 2)  # acc [H, DV_PAD], m [H], l [H]
+        parts_at = part_ptr + out_row * (SPLITS * PART)
+        mine = parts_at + split * PART
+        mask_h = offs_h < H
+        tl.store(_part_acc(mine, 0, DV_PAD, BLOCK_H, BLOCK_DV), acc0, mask=mask_h[:, None])
+        if DV > BLOCK_DV:
+            tl.store(_part_acc(mine, 1, DV_PAD, BLOCK_H, BLOCK_DV), acc1, mask=mask_h[:, None])
+        if DV > 2 * BLOCK_DV:
+            tl.store(_part_acc(mine, 2, DV_PAD, BLOCK_H, BLOCK_DV), acc2, mask=mask_h[:, None])
+        if DV > 3 * BLOCK_DV:
+            tl.store(_part_acc(mine, 3, DV_PAD, BLOCK_H, BLOCK_DV), acc3, mask=mask_h[:, None])
+        tl.store(mine + H * DV_PAD + offs_h, m_i, mask=mask_h)
+        tl.store(mine + H * (DV_PAD + 1) + offs_h, l_i, mask=mask_h)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(count_ptr + out_row, 0)
+            _merge(parts_at, out_at, lse_ptr, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M, SPLITS)

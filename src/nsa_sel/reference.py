@@ -29,7 +29,7 @@ def oracle(
     scale = D**-0.5 if scale is None else scale
     wanted = range(B * S * G) if rows is None else rows.tolist()
     out = torch.zeros(len(wanted), H, Dv, dtype=torch.float64, device=q.device)
-    picked = ranges.reshape(B * S * G, -1, 2)
+    picked = ranges.flatten(0, 2)
     spans_of = (picked if rows is None else picked[rows]).tolist()
     for i, row in enumerate(wanted):
         b, s, g = row // (S * G), row // G % S, row % G

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def clamp(ranges: Tensor, S_kv: int) -> tuple[Tensor, Tensor]:
     """Return the spans' starts and ends inside the context, int64 [B, S, G, n_spans], with 0 <= start <= end <= S_kv."""
-    bounds = ranges.clamp(0, S_kv).long()
+    bounds = ranges.clamp(0, min(S_kv, torch.iinfo(ranges.dtype).max)).long()
     starts = bounds[..., 0]
     return starts, torch.maximum(bounds[..., 1], starts)
 
@@ -48,7 +48,11 @@ def token_index(ranges: Tensor, S_kv: int, max_len: int, *, ragged: bool = True)
         shift = ends - stops
         if torch.compiler.is_compiling():  # searchsorted does not fuse, and its code generation fails for small L
             jump = torch.diff(shift, dim=-1)
-            index = spot + shift[..., :1] + torch.where(spot[..., None] >= stops[..., None, :-1], jump[..., None, :], 0).sum(-1)
+            index = (
+                spot
+                + shift[..., :1]
+                + torch.where(spot[..., None] >= stops[..., None, :-1], jump[..., None, :], 0).sum(-1)
+            )
         else:
             span = torch.searchsorted(stops, spot.contiguous(), right=True).clamp(max=ranges.shape[3] - 1)
             index = spot + shift.gather(-1, span)
@@ -62,7 +66,7 @@ def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int
         ValueError: names the first row `(b, s, g)` and span with an end outside `[0, S_kv]`, or the row whose L
             contradicts `min_len` or `max_len`.
     """
-    bad_span = ((ranges < 0) | (ranges > S_kv)).any(-1)
+    bad_span = ((ranges < 0) | (ranges.long() > S_kv)).any(-1)
     L = lengths(ranges, S_kv)
     bad_low = L < (0 if min_len is None else min_len)
     bad_high = torch.zeros_like(bad_low) if max_len is None else L > max_len

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from typing import Any
 
@@ -11,34 +10,34 @@ import triton
 from torch import Tensor
 
 from . import kernels, tuning
-from .kernels import _sel_fwd
 from .tuning import LaunchConfig, next_power_of_2
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4: no host-side descriptors
+except ImportError:  # Triton before 3.4: no descriptors made on the host, hence no TMA
     TensorDescriptor = None
+
+try:  # what compiled graphs allocate with: a third of the time of torch.empty
+    from torch._C._dynamo.guards import _empty_strided_cuda
+except ImportError:
+    _empty_strided_cuda = None
 
 INTERPRETED = kernels.INTERPRETED.value
 LOG2_E = 1.4426950408889634
-# Launching a compiled kernel object is private API: only where its call has been checked against the public launch.
+# Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
 DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
-MAX_PLANS = 4096
+MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
 
-_launches = itertools.count()
-_plans: dict[tuple, _Plan] = {}
+_launches = 0
+_plans: dict[tuple, Plan] = {}
+_facts: dict[torch.device, tuple[int, int, bool]] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_capture_counters: dict[int, tuple[Tensor, Any]] = {}
 _lock = threading.Lock()
 
 
 def launch_count() -> int:
     """Return how many times this process has launched the kernel."""
-    global _launches
-    with _lock:
-        n = next(_launches)
-        _launches = itertools.count(n)
-        return n
+    return _launches
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
@@ -59,19 +58,40 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
         return f"n_spans={ranges.shape[3]} is above {tuning.MAX_SPANS}"
     if k.shape[2] >= 2**31:
         return f"S_kv={k.shape[2]} does not fit in 31 bits"
+    if k.shape[1] > tuning.MAX_GROUPS:
+        return f"G={k.shape[1]} is above {tuning.MAX_GROUPS}"
+    if q.shape[0] * q.shape[1] >= 2**31:
+        return f"B*S={q.shape[0] * q.shape[1]} does not fit in 31 bits"
     return None
 
 
 def launch_config(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
 ) -> LaunchConfig:
-    """Return the launch that `forward` would use for these tensors."""
+    """Return the launch that `forward` uses for these tensors. min_len has no influence: the kernel does not pad."""
     B, S, G, H, D = q.shape
-    sm_count, has_tma = _device_facts(q.device)
-    longest = k.shape[2] if max_len is None else max_len
+    sm_count, shared_bytes, has_tma = _device_facts(q.device)
     return tuning.choose(
-        B * S * G, H, D, v.shape[3], ranges.shape[3], longest, sm_count=sm_count, has_tma=has_tma and _tma_fits(k, v)
+        N=B * S * G,
+        H=H,
+        D=D,
+        Dv=v.shape[3],
+        n_spans=ranges.shape[3],
+        max_len=k.shape[2] if max_len is None else max_len,
+        shared_kv=S > 1,
+        element_bytes=q.element_size(),
+        sm_count=sm_count,
+        shared_bytes=shared_bytes,
+        has_tma=has_tma and _tma_fits(k) and _tma_fits(v),
     )
+
+
+def call_key(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple:
+    """Return everything about the four tensors that checking, routing and planning depend on, but for alignment."""
+    return (
+        q.shape, k.shape, v.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
+        q.dtype, k.dtype, v.dtype, ranges.dtype, q.device, k.device, v.device, ranges.device,
+    )  # fmt: skip
 
 
 def forward(
@@ -89,135 +109,174 @@ def forward(
 ) -> Tensor:
     """Run the kernel on arguments that `api` has checked; no routing.
 
-    out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the rows'
-    natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used: the kernel does not pad.
+    out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
+    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used: the kernel does not pad.
+
+    Raises: ValueError if the forced variant cannot run these tensors.
     """
-    q_shape, k_shape = q.shape, k.shape
-    key = (q_shape, k_shape, v.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(), q.dtype,
-           ranges.dtype, q.device, scale, max_len, lse is None, launch)  # fmt: skip
+    key = (call_key(q, k, v, ranges), scale, max_len, launch)
     plan = _plans.get(key)
     if plan is None:
-        plan = _Plan(q, k, v, ranges, scale, max_len, lse is not None, launch)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    if out is None:
-        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
-    plan.run(q, k, v, ranges, out, lse)
-    return out
+        plan = remember(_plans, key, Plan(q, k, v, ranges, scale, max_len, launch))
+    return plan.run(q, k, v, ranges, out, lse)
 
 
-class _Plan:
-    """Everything about a call that its pointers do not change. Keyed by all that it depends on, see `forward`."""
+def remember(plans: dict[tuple, Any], key: tuple, plan: Any) -> Any:
+    """Keep a plan for later calls of the same key, and no more than MAX_PLANS of them."""
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
-    def __init__(self, q, k, v, ranges, scale, max_len, has_lse, launch) -> None:
+
+class Plan:
+    """Everything about a call that its pointers do not change, keyed by `call_key`, scale, max_len and launch."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        scale: float | None,
+        max_len: int | None,
+        launch: LaunchConfig | None = None,
+    ) -> None:
         B, S, G, H, D = q.shape
-        S_kv, Dv = k.shape[2], v.shape[3]
-        self.n_rows = B * S * G
-        self.out_shape = (B, S, G, H, Dv)
+        S_kv, Dv, n_spans = k.shape[2], v.shape[3], ranges.shape[3]
         self.config = config = launch or launch_config(q, k, v, ranges, max_len=max_len)
-        block_h = max(16, next_power_of_2(H))
-        self.part_size = config.splits * block_h * (-(-Dv // config.block_dv) * config.block_dv + 2)
-        strides = [_strides(x) for x in (q, k, v)]
-        flat = [stride for x in strides for stride in x]
-        self.unit = unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in flat))
-        self.scale_log2 = (D**-0.5 if scale is None else scale) * LOG2_E
-        self.sizes = (S, G, S_kv, ranges.shape[3], *(stride // unit for stride in flat), *_strides(ranges))
-        block_n = next_power_of_2(ranges.shape[3])
-        self.constants = (H, D, Dv, unit, block_h, config.block_d, config.block_dv, config.block_l, block_n,
-                          config.splits, config.load != "gather")  # fmt: skip
+        self.arguments = (scale, max_len, launch)
+        self.dtype, self.device = q.dtype, q.device
+        self.out_shape = (B, S, G, H, Dv)
+        self.out_stride = (S * G * H * Dv, G * H * Dv, H * Dv, Dv, 1)
+        self.grid = (B * S, G, config.splits)
+        self.part_size = B * S * G * config.splits * H * (-(-Dv // config.block_dv) * config.block_dv + 2)
+        strides = [stride for x in (q, k, v) for stride in _strides(x)]
+        unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
+        wide = n_spans * S_kv >= 2**31
+        self.values = (
+            (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans,
+            *(stride // unit for stride in strides), *_strides(ranges),
+            H, D, Dv, unit, wide, *config.constants(H, n_spans),
+        )  # fmt: skip
+        self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.max_registers:
+            self.options["maxnreg"] = config.max_registers
         self.tma = config.load == "tma"
-        if self.tma and not (TensorDescriptor is not None and _tma_fits(k, v)):
+        if self.tma and not (_device_facts(q.device)[2] and _tma_fits(k) and _tma_fits(v)):
             raise ValueError(f"launch: value is {config}, expected a load that does without TMA descriptors")
-        self.device = q.device.index
-        self.compiled: Any = None
+        self.direct: Any = None
 
-    def run(self, q, k, v, ranges, out, lse) -> None:
-        if self.n_rows == 0:
-            return
-        counters, parts = None, None
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), ranges.data_ptr(), out.data_ptr())
-        compiled = self.compiled
-        if INTERPRETED:
-            if self.config.splits > 1:
-                counters = torch.zeros(self.n_rows, dtype=torch.int32)
-                parts = torch.full((self.n_rows * self.part_size,), float("nan"))
-            self._launch(q, k, v, ranges, out, lse, parts, counters)
-        elif torch.cuda.current_device() != self.device:
-            with torch.cuda.device(self.device):
-                self.run(q, k, v, ranges, out, lse)
-            return
-        else:
-            stream = torch._C._cuda_getCurrentRawStream(self.device)
-            if self.config.splits > 1:
-                counters, parts = _workspace(self.device, stream, self.n_rows, self.n_rows * self.part_size)
-            aligned = not (pointers[0] | pointers[1] | pointers[2] | pointers[4] | pointers[3]) & 15
-            if compiled is not None and aligned and lse is None:
-                compiled.run(self.n_rows * self.config.splits, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                             None, None, None, *pointers, None, parts if parts is None else parts.data_ptr(),
-                             counters if counters is None else counters.data_ptr(), None, None, self.scale_log2,
-                             *self.sizes, *self.constants)  # fmt: skip
+    def run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        """Launch, and return the result."""
+        if INTERPRETED or torch._C._cuda_getDevice() == self.device.index:
+            return self._run(q, k, v, ranges, out, lse)
+        with torch.cuda.device(self.device):
+            return self._run(q, k, v, ranges, out, lse)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        global _launches
+        if out is None:
+            if _empty_strided_cuda is not None and not INTERPRETED:
+                out = _empty_strided_cuda(self.out_shape, self.out_stride, self.dtype)
             else:
-                kernel = self._launch(q, k, v, ranges, out, lse, parts, counters)
-                if DIRECT_LAUNCH and aligned and lse is None and not self.tma:
-                    self.compiled = kernel
-        next(_launches)
+                out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
+        if 0 in self.out_shape:
+            return out
+        q_at, k_at, v_at, ranges_at, out_at = pointers = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), ranges.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        aligned = not (q_at | k_at | v_at | ranges_at | out_at) & 15
+        if self.tma and not aligned and (k_at | v_at) & 15:
+            scale, max_len, launch = self.arguments
+            return Plan(q, k, v, ranges, scale, max_len, launch).run(q, k, v, ranges, out, lse)
+        _launches += 1
+        parts = counters = None
+        stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(self.device.index)
+        if self.config.splits > 1:
+            parts, counters = _workspace(self.device, stream, self.grid[0] * self.grid[1], self.part_size)
+        if self.direct is not None and aligned and lse is None:
+            launch, head, tail = self.direct
+            if parts is None or counters is None:
+                launch(*self.grid, stream, *head, *pointers, None, None, None, None, None, *tail)
+            else:
+                launch(
+                    *self.grid, stream, *head, *pointers, None, parts.data_ptr(), counters.data_ptr(), None, None, *tail
+                )
+            return out
+        k_desc = v_desc = None
+        if self.tma:
+            k_desc = _descriptor(k, self.config.block_l, self.config.block_d)
+            v_desc = _descriptor(v, self.config.block_l, self.config.block_dv)
+        compiled = kernels._sel_fwd[self.grid](
+            q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values, **self.options
+        )
+        if DIRECT_LAUNCH and aligned and lse is None and not self.tma:
+            self.direct = _direct_launch(compiled, self.values)
+        return out
 
-    def _launch(self, q, k, v, ranges, out, lse, parts, counters):
-        """Launch through Triton's public interface; returns the compiled kernel."""
-        k_desc, v_desc = (self._descriptor(k, self.config.block_d), self._descriptor(v, self.config.block_dv)) if self.tma else (None, None)
-        return _sel_fwd[(self.n_rows * self.config.splits,)](
-            q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, self.scale_log2, *self.sizes, *self.constants,
-            num_warps=self.config.num_warps, num_stages=self.config.num_stages)  # fmt: skip
 
-    def _descriptor(self, x: Tensor, width: int):
-        B, G, S_kv, D = x.shape
-        return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [self.config.block_l, width])
+def _direct_launch(compiled: Any, values: tuple) -> tuple | None:
+    """Return how to launch a compiled kernel without Triton's argument binding: the C function, and what it is given.
+
+    Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes and
+    strides are not specialised, and everything else is part of the plan.
+    """
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    head = (
+        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
+        None, None, None,
+    )  # fmt: skip
+    return run.launch, head, values
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of all but the last dimension, 0 where the dimension has one element and the stride means nothing."""
+    """Return the strides of all but the last dimension, 0 where the dimension has one element."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
 
 
-def _tma_fits(k: Tensor, v: Tensor) -> bool:
-    """Tell whether K and V can each be seen as one matrix [B·G·S_kv, width] that a TMA descriptor may describe."""
-    for x in (k, v):
-        B, G, S_kv, D = x.shape
-        stride_b, stride_g, stride_t, _ = x.stride()
-        one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
-        aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= D
-        if not (one_matrix and aligned and 0 < B * G * S_kv < 2**31):
-            return False
-    return True
+def _tma_fits(x: Tensor) -> bool:
+    """Tell whether K or V can be seen as one matrix [B·G·S_kv, width] that a TMA descriptor may describe."""
+    B, G, S_kv, width = x.shape
+    stride_b, stride_g, stride_t, _ = x.stride()
+    one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
+    aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= width
+    return one_matrix and aligned and 0 < B * G * S_kv < 2**31
 
 
-_facts: dict[torch.device, tuple[int, bool]] = {}
+def _descriptor(x: Tensor, block_l: int, width: int) -> Any:
+    B, G, S_kv, D = x.shape
+    return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [block_l, width])
 
 
-def _device_facts(device: torch.device) -> tuple[int, bool]:
-    """Return the number of multiprocessors, and whether TMA descriptors can be used."""
+def _device_facts(device: torch.device) -> tuple[int, int, bool]:
+    """Return the number of multiprocessors, the shared memory of a program in bytes, and whether TMA can be used."""
     if device not in _facts:
-        if device.type != "cuda":
-            _facts[device] = (1, TensorDescriptor is not None)
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            shared = getattr(properties, "shared_memory_per_block_optin", tuning.SMALLEST_SHARED_BYTES)
+            has_tma = TensorDescriptor is not None and properties.major >= 9
+            _facts[device] = (properties.multi_processor_count, shared, has_tma)
         else:
-            props = torch.cuda.get_device_properties(device)
-            _facts[device] = (props.multi_processor_count, TensorDescriptor is not None and props.major >= 9)
+            _facts[device] = (1, tuning.SMALLEST_SHARED_BYTES, TensorDescriptor is not None)
     return _facts[device]
 
 
-def _workspace(device: int, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
-    """Return zeroed counters, which the kernel sets back to zero, and room for partial results.
+def _workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
+    """Return room for partial results, and counters that are zero and that the kernel sets back to zero.
 
-    Calls on one stream run one after another and share them. A captured call gets its own, since its graph may be replayed
-    on any stream: the partial results from the graph's pool, the counters from a block that no other call uses.
+    Calls on one stream run one after another and share them. A captured call gets its own from its graph's pool, zeroed in
+    the graph, since the graph may be replayed on any stream.
     """
-    if torch.cuda.is_current_stream_capturing():
-        parts = torch.empty(n_floats, dtype=torch.float32, device=f"cuda:{device}")
-        return torch.zeros(n_counters, dtype=torch.int32, device=parts.device), parts
-    counters, parts = _workspaces.get((device, stream), (None, None))
-    if counters is None or parts is None or counters.numel() < n_counters or parts.numel() < n_floats:
-        counters = torch.zeros(max(n_counters, 1024), dtype=torch.int32, device=f"cuda:{device}")
-        parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=counters.device)
-        _workspaces[device, stream] = counters, parts
-    return counters, parts
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        parts = torch.empty(n_floats, dtype=torch.float32, device=device)
+        return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
+    parts, counters = _workspaces.get((device.index, stream), (None, None))
+    if parts is None or counters is None or parts.numel() < n_floats or counters.numel() < n_counters:
+        parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
+        counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
+        with _lock:
+            _workspaces[device.index, stream] = parts, counters
+    return parts, counters

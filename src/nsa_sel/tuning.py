@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_HEADS = 64
-MAX_WIDTH = 256
-MAX_SPANS = 1024
+MAX_WIDTH = 256  # of D and Dv
+MAX_SPANS = 1024  # a row
+MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
+SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
+REST_L, REST_STAGES = 16, 2  # tile and stages of what whole tiles leave over
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Name every compile-time choice of one launch.
 
-    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers, the rest gathered) or
-    "tma" (those tiles through TMA descriptors). block_l: tokens a tile; block_d, block_dv: columns a chunk of D and Dv.
-    splits: programs a row.
+    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers, the rest gathered),
+    "tma" (those tiles through TMA descriptors) or "span" (each program takes whole spans). block_l: tokens a tile;
+    block_d, block_dv: columns a chunk of D and Dv. splits: programs a row. max_registers: a thread's limit, 0 = none.
     """
 
     load: str
@@ -26,12 +29,23 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    max_registers: int = 0
 
     def __str__(self) -> str:
+        limit = f" r{self.max_registers}" if self.max_registers else ""
         return (
             f"{self.load} BL{self.block_l} BD{self.block_d} BDV{self.block_dv} "
-            f"w{self.num_warps} s{self.num_stages} split{self.splits}"
+            f"w{self.num_warps} s{self.num_stages} split{self.splits}{limit}"
         )
+
+    def constants(self, H: int, n_spans: int) -> tuple:
+        """Return the kernel's compile-time arguments from BLOCK_H to REST_STAGES."""
+        block_h = max(16, next_power_of_2(H))
+        # Merging holds splits x block_h x block_m values in 128 registers of each thread.
+        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (self.splits * block_h)))
+        rest = (self.block_l, self.num_stages) if self.load in ("gather", "span") else (REST_L, REST_STAGES)
+        block_n = next_power_of_2(n_spans)
+        return (block_h, self.block_d, self.block_dv, self.block_l, block_n, block_m, self.splits, self.load, *rest)
 
 
 def next_power_of_2(n: int) -> int:
@@ -45,22 +59,49 @@ def chunk_width(width: int) -> int:
     return min(candidates, key=lambda c: (-(-width // c) * c, -c))
 
 
-def choose(N: int, H: int, D: int, Dv: int, n_spans: int, max_len: int, *, sm_count: int, has_tma: bool) -> LaunchConfig:
-    """Choose the launch for N rows of at most max_len tokens on a GPU with sm_count multiprocessors."""
+def shared_bytes(config: LaunchConfig, D: int, Dv: int, element_bytes: int) -> int:
+    """Estimate a program's shared memory in bytes: the tiles in flight, and the exchange of scores and of the result."""
+    columns = -(-D // config.block_d) * config.block_d + -(-Dv // config.block_dv) * config.block_dv
+    tiles = max(config.num_stages - 1, 1) * config.block_l * columns * element_bytes
+    return tiles + 64 * (config.block_l + config.block_dv) * 4 // 4
+
+
+def choose(
+    *,
+    N: int,
+    H: int,
+    D: int,
+    Dv: int,
+    n_spans: int,
+    max_len: int,
+    shared_kv: bool,
+    element_bytes: int,
+    sm_count: int,
+    shared_bytes: int,
+    has_tma: bool,
+) -> LaunchConfig:
+    """Choose the launch for N rows of at most max_len tokens on a GPU with sm_count multiprocessors.
+
+    shared_kv: several rows of a group attend to the same K and V (S > 1). element_bytes: 2 or 4. shared_bytes: what a
+    program may use.
+    """
     splits = 1
-    while N * splits * 2 <= sm_count and max_len >= 64 * splits and splits < 32:
+    while N * splits * 2 <= sm_count and max_len >= 128 * splits and splits < 32:
         splits *= 2
     few = N * splits <= 2 * sm_count
     return LaunchConfig("gather", 32, chunk_width(D), chunk_width(Dv), 4 if few or H > 16 else 1, 3, splits)
 
 
-def candidate_configs(H: int, D: int, Dv: int) -> list[LaunchConfig]:
-    """List every launch that a sweep may try for these widths."""
-    return [
+def candidate_configs(
+    H: int, D: int, Dv: int, *, element_bytes: int = 2, shared: int = SMALLEST_SHARED_BYTES, has_tma: bool = True
+) -> list[LaunchConfig]:
+    """List every launch that a sweep may try for these widths and that fits into `shared` bytes of shared memory."""
+    every = [
         LaunchConfig(load, block_l, chunk_width(D), chunk_width(Dv), warps, stages, splits)
-        for load in ("gather", "whole", "tma")
+        for load in ("gather", "whole", "tma", "span")
         for block_l in (16, 32, 64, 128)
         for warps in (1, 2, 4, 8)
         for stages in (1, 2, 3, 4)
         for splits in (1, 2, 4, 8, 16, 32)
     ]
+    return [c for c in every if shared_bytes(c, D, Dv, element_bytes) <= shared and (has_tma or c.load != "tma")]
