@@ -141,28 +141,38 @@ def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.const
 
 @triton.jit
 def _merge(parts_ptr, out_ptr, lse_ptr, H: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PART: tl.constexpr,
-           BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-    """Merge the parts of one row and write its result; BLOCK_M columns at a time, so that no load waits for another."""
-    offs_i = tl.arange(0, SPLITS)
+           BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """Merge the parts of one row and write its result, BLOCK_M columns and UNROLL parts at a time.
+
+    No load depends on another, so that all of a round are in flight together.
+    """
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    stats_at = parts_ptr + offs_i[:, None] * PART + H * DV_PAD + offs_h[None, :]
-    m_parts = tl.load(stats_at, mask=mask_h[None, :], other=0.0, cache_modifier=".cg")
-    l_parts = tl.load(stats_at + H, mask=mask_h[None, :], other=0.0, cache_modifier=".cg")
-    m_i = tl.max(m_parts, 0)
-    shift = tl.where(m_i == float("-inf"), 0.0, m_i)
-    weights = tl.exp2(m_parts - shift[None, :])
-    l_i = tl.sum(l_parts * weights, 0)
-    weights /= tl.where(l_i == 0, 1.0, l_i)[None, :]
     for column in tl.static_range(0, DV, BLOCK_M):
         offs_v = column + tl.arange(0, BLOCK_M)
-        at = offs_i[:, None, None] * PART + offs_h[None, :, None] * DV_PAD + offs_v[None, None, :]
-        parts = tl.load(parts_ptr + at, mask=mask_h[None, :, None], other=0.0, cache_modifier=".cg")
-        out = tl.sum(parts * weights[:, :, None], 0)
+        offs = offs_h[:, None] * DV_PAD + offs_v[None, :]
+        m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_H], tl.float32)
+        acc = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
+        for first in range(0, SPLITS, UNROLL):
+            for i in tl.static_range(UNROLL):
+                part_ptr = parts_ptr + (first + i) * PART
+                m_part = tl.load(part_ptr + H * DV_PAD + offs_h, mask=mask_h, other=0.0, cache_modifier=".cg")
+                l_part = tl.load(part_ptr + H * DV_PAD + H + offs_h, mask=mask_h, other=0.0, cache_modifier=".cg")
+                part = tl.load(part_ptr + offs, mask=mask_h[:, None], other=0.0, cache_modifier=".cg")
+                m_new = tl.maximum(m_i, m_part)
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha = tl.exp2(m_i - shift)
+                beta = tl.exp2(m_part - shift)
+                acc = acc * alpha[:, None] + part * beta[:, None]
+                l_i = l_i * alpha + l_part * beta
+                m_i = m_new
+        out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
         mask = mask_h[:, None] & (offs_v < DV)[None, :]
         tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=offs_h < H)
+        if column == 0:
+            if lse_ptr is not None:
+                tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=mask_h)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
@@ -175,7 +185,7 @@ def _sel_fwd(
     stride_rb: tl.int64, stride_rs: tl.int64, stride_rg: tl.int64, stride_rn: tl.int64,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPLITS: tl.constexpr, LOAD: tl.constexpr, REST_L: tl.constexpr, REST_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr, SPLITS: tl.constexpr, LOAD: tl.constexpr, REST_L: tl.constexpr, REST_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
@@ -307,4 +317,4 @@ def _sel_fwd(
         tl.debug_barrier()  # every thread's part is written before one of them says so
         if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(count_ptr + out_row, 0)
-            _merge(parts_at, out_at, lse_ptr, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M, SPLITS)
+            _merge(parts_at, out_at, lse_ptr, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M, SPLITS, UNROLL)

@@ -1,7 +1,8 @@
 """Three implementations of the operation that need no Triton: the float64 oracle and the two SDPA forms.
 
-All take q [B, S, G, H, D], k [B, G, S_kv, D], v [B, G, S_kv, Dv], ranges int32 or int64 [B, S, G, n_spans, 2] and return
-[B, S, G, H, Dv] in q's dtype, except the oracle (float64). `scale` defaults to 1/sqrt(D). See spans.py for what a range means.
+All take q [B, S, G, H, D], k [B, G, S_kv, D], v [B, G, S_kv, Dv], ranges int32 or int64 [B, S, G, n_spans, 2] and
+return [B, S, G, H, Dv] in q's dtype, except the oracle (float64). `scale` defaults to 1/sqrt(D). See spans.py for what
+a range means.
 Source: NSA (arXiv 2502.11089), section 3.3.2.
 """
 
@@ -56,9 +57,9 @@ def packed_sdpa(
 ) -> Tensor:
     """Gather each row's K and V, then call SDPA with the row's heads as the query positions of one KV head.
 
-    So K and V are read once, not H times. `min_len`, `max_len`: the shortest and the longest row's L; with both there is
-    no device sync, without both one reads them. Equal: no padding and no mask. Otherwise rows are padded to max_len and
-    masked. Differentiable. Unselected K and V, NaN included, do not reach the result.
+    So K and V are read once, not H times. `min_len`, `max_len`: the shortest and the longest row's L; with both there
+    is no device sync, without both one reads them. Equal: no padding and no mask. Otherwise rows are padded to max_len
+    and masked. Differentiable. Unselected K and V, NaN included, do not reach the result.
     """
     B, S, G, H, D = q.shape
     S_kv, Dv = k.shape[2], v.shape[3]
@@ -76,9 +77,9 @@ def packed_sdpa(
 
 
 def gather_rows(k: Tensor, v: Tensor, ranges: Tensor, max_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack every row's K and V: [N, max_len, D], [N, max_len, Dv] and which tokens are real, bool [N, max_len]; N = B·S·G.
+    """Pack every row's K and V: [N, max_len, D], [N, max_len, Dv], and which tokens are real, bool [N, max_len].
 
-    Rows are in (b, s, g) order. This is the packing step of `packed_sdpa`; S_kv and max_len must be at least 1.
+    N = B·S·G; rows are in (b, s, g) order. This is the packing step of `packed_sdpa`; S_kv and max_len must be at least 1.
     """
     index, valid = spans.token_index(ranges, k.shape[2], max_len)
     packed = [_gather(x, index).transpose(1, 2).reshape(-1, max_len, x.shape[3]) for x in (k, v)]
@@ -92,9 +93,8 @@ def sdpa_rows(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, *, s
     flash attention may serve the call.
     """
     if q.shape[0] > MAX_SDPA_BATCH:
-        parts = zip(*(x.split(MAX_SDPA_BATCH) for x in (q, k, v)), strict=True)
-        masks = [None] * len(q.split(MAX_SDPA_BATCH)) if valid is None else valid.split(MAX_SDPA_BATCH)
-        return torch.cat([sdpa_rows(*part, mask, scale=scale) for part, mask in zip(parts, masks, strict=True)])
+        parts = [slice(at, at + MAX_SDPA_BATCH) for at in range(0, q.shape[0], MAX_SDPA_BATCH)]
+        return torch.cat([sdpa_rows(q[p], k[p], v[p], None if valid is None else valid[p], scale=scale) for p in parts])
     if valid is None:
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
     empty = ~valid.any(-1)
@@ -106,8 +106,8 @@ def sdpa_rows(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, *, s
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, scale: float | None = None) -> Tensor:
     """Attend over all of S_kv in fp32 with the bias log(how often the row selects the key): no gather.
 
-    Independent of the packing code, differentiable, needs B·G·S·H·S_kv fp32 values of memory. A NaN or infinity anywhere in
-    K or V reaches the result, selected or not.
+    Independent of the packing code, differentiable, needs B·G·S·H·S_kv fp32 values of memory. A NaN or infinity anywhere
+    in K or V reaches the result, selected or not.
     """
     B, S, G, H, D = q.shape
     S_kv, Dv = k.shape[2], v.shape[3]

@@ -1,8 +1,8 @@
 """The only place that says what a range means.
 
-A span `[start, end)` selects the KV tokens start, …, end-1. It is clamped to `[0, S_kv]`; with `end <= start` it is empty.
-A row is the concatenation of its spans in the order given: spans may touch, overlap and come in any order, and a key
-that two spans cover counts twice, exactly as packing the row would make it.
+A span `[start, end)` selects the KV tokens start, …, end-1. It is clamped to `[0, S_kv]`; with `end <= start` it is
+empty. A row is the concatenation of its spans in the order given: spans may touch, overlap and come in any order, and a
+key that two spans cover counts twice, exactly as packing the row would make it.
 Source: NSA (arXiv 2502.11089), section 3.3.2, token selection.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def clamp(ranges: Tensor, S_kv: int) -> tuple[Tensor, Tensor]:
-    """Return the spans' starts and ends inside the context, int64 [B, S, G, n_spans], with 0 <= start <= end <= S_kv."""
+    """Return the spans' starts and ends inside the context, int64 [B, S, G, n_spans]: 0 <= start <= end <= S_kv."""
     bounds = ranges.clamp(0, min(S_kv, torch.iinfo(ranges.dtype).max)).long()
     starts = bounds[..., 0]
     return starts, torch.maximum(bounds[..., 1], starts)
@@ -68,8 +68,8 @@ def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int
     """
     bad_span = ((ranges < 0) | (ranges.long() > S_kv)).any(-1)
     L = lengths(ranges, S_kv)
-    bad_low = L < (0 if min_len is None else min_len)
-    bad_high = torch.zeros_like(bad_low) if max_len is None else L > max_len
+    bad_low = torch.zeros_like(L, dtype=torch.bool) if min_len is None else L.lt(min_len)
+    bad_high = torch.zeros_like(bad_low) if max_len is None else L.gt(max_len)
     if L.numel() == 0 or not (bad_span.any() | bad_low.any() | bad_high.any()).item():
         return
     if bad_span.any():
@@ -90,7 +90,7 @@ def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int
 def dense_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Present packed rows of one length as the operation's arguments: B = N, S = G = 1, one span (0, L) a row.
 
-    q [N, H, D], k [N, L, D], v [N, L, Dv] → q [N, 1, 1, H, D], k [N, 1, L, D], v [N, 1, L, Dv], ranges int32. Views, no copy.
+    q [N, H, D], k [N, L, D], v [N, L, Dv] → q [N, 1, 1, H, D], k [N, 1, L, D], v [N, 1, L, Dv], ranges int32. No copy.
     """
     N, L = k.shape[:2]
     ranges = torch.tensor([0, L], dtype=torch.int32, device=q.device).repeat(N, 1).view(N, 1, 1, 1, 2)
@@ -100,8 +100,8 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def varlen_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Present packed rows of different lengths as the operation's arguments: one sequence, S = N, one span a row.
 
-    q [N, H, D], k [T, D], v [T, Dv], cu_seqlens int32 or int64 [N+1] → q [1, N, 1, H, D], k [1, 1, T, D], v [1, 1, T, Dv], ranges
-    [1, N, 1, 1, 2] with span (cu_seqlens[i], cu_seqlens[i+1]) in row i.
+    q [N, H, D], k [T, D], v [T, Dv], cu_seqlens int32 or int64 [N+1] → q [1, N, 1, H, D], k [1, 1, T, D],
+    v [1, 1, T, Dv], ranges [1, N, 1, 1, 2] with span (cu_seqlens[i], cu_seqlens[i+1]) in row i.
     """
     ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=-1).view(1, -1, 1, 1, 2)
     return q[None, :, None], k[None, None], v[None, None], ranges
@@ -110,8 +110,8 @@ def varlen_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Te
 def block_ranges(blocks: Tensor, block_size: int, context: int | Tensor) -> Tensor:
     """Turn selected block numbers into ranges clamped to the context: the decode and causal prefill layouts of NSA.
 
-    blocks int [B, S, G, n_spans]: block b becomes [b·block_size, min((b+1)·block_size, context)); b < 0 is an empty span.
-    context: tokens that a row may see (t, or t+1 counting the query's own), an int or a tensor that broadcasts to blocks.
+    blocks int [B, S, G, n_spans]: block b becomes [b·block_size, min((b+1)·block_size, context)); b < 0: an empty span.
+    context: tokens that a row may see (t, or t+1 counting the query's own), an int or a tensor that broadcasts.
     Returns ranges int32 [B, S, G, n_spans, 2].
     """
     starts = blocks.long() * block_size

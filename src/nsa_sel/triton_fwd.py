@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import kernels, tuning
-from .tuning import LaunchConfig, next_power_of_2
+from .tuning import LaunchConfig
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,7 +19,7 @@ except ImportError:  # Triton before 3.4: no descriptors made on the host, hence
     TensorDescriptor = None
 
 try:  # what compiled graphs allocate with: a third of the time of torch.empty
-    from torch._C._dynamo.guards import _empty_strided_cuda
+    from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 except ImportError:
     _empty_strided_cuda = None
 
@@ -32,7 +33,6 @@ _launches = 0
 _plans: dict[tuple, Plan] = {}
 _facts: dict[torch.device, tuple[int, int, bool]] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_lock = threading.Lock()
 
 
 def launch_count() -> int:
@@ -110,7 +110,8 @@ def forward(
     """Run the kernel on arguments that `api` has checked; no routing.
 
     out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used: the kernel does not pad.
+    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used, for the kernel does not
+    pad.
 
     Raises: ValueError if the forced variant cannot run these tensors.
     """
@@ -166,6 +167,7 @@ class Plan:
         if self.tma and not (_device_facts(q.device)[2] and _tma_fits(k) and _tma_fits(v)):
             raise ValueError(f"launch: value is {config}, expected a load that does without TMA descriptors")
         self.direct: Any = None
+        self.descriptors: dict[tuple, tuple] = {}
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
         """Launch, and return the result."""
@@ -196,13 +198,14 @@ class Plan:
         if self.config.splits > 1:
             parts, counters = _workspace(self.device, stream, self.grid[0] * self.grid[1], self.part_size)
         if self.direct is not None and aligned and lse is None:
-            launch, head, tail = self.direct
-            if parts is None or counters is None:
-                launch(*self.grid, stream, *head, *pointers, None, None, None, None, None, *tail)
-            else:
-                launch(
-                    *self.grid, stream, *head, *pointers, None, parts.data_ptr(), counters.data_ptr(), None, None, *tail
-                )
+            launch, head, describe, tail = self.direct
+            parts_at = counters_at = None
+            if parts is not None and counters is not None:
+                parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
+            descriptors = (None, None)
+            if describe is not None:
+                descriptors = self.descriptors.get((k_at, v_at)) or self._describe(describe, k, v)
+            launch(*self.grid, stream, *head, *pointers, None, parts_at, counters_at, *descriptors, *tail)
             return out
         k_desc = v_desc = None
         if self.tma:
@@ -211,25 +214,43 @@ class Plan:
         compiled = kernels._sel_fwd[self.grid](
             q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values, **self.options
         )
-        if DIRECT_LAUNCH and aligned and lse is None and not self.tma:
-            self.direct = _direct_launch(compiled, self.values)
+        if DIRECT_LAUNCH and aligned and lse is None:
+            self.direct = _direct_launch(compiled, self.values, self.tma)
         return out
 
+    def _describe(self, describe: Callable[[Any, int], list], k: Tensor, v: Tensor) -> tuple:
+        """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
+        made = (
+            *describe(_descriptor(k, self.config.block_l, self.config.block_d), 0),
+            *describe(_descriptor(v, self.config.block_l, self.config.block_dv), 1),
+        )
+        return remember(self.descriptors, (k.data_ptr(), v.data_ptr()), made)
 
-def _direct_launch(compiled: Any, values: tuple) -> tuple | None:
+
+def _direct_launch(compiled: Any, values: tuple, tma: bool) -> tuple | None:
     """Return how to launch a compiled kernel without Triton's argument binding: the C function, and what it is given.
 
-    Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes and
-    strides are not specialised, and everything else is part of the plan.
+    Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes
+    and strides are not specialised, and everything else is part of the plan. None: launch through the public interface.
     """
     run = compiled.run
     if run.global_scratch_size or run.profile_scratch_size:
         return None
+    launch, describe = run.launch, None
+    if tma:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        inner = inspect.getclosurevars(launch).nonlocals
+        launch, meta = inner["launcher"], inner["tensordesc_meta"]
+
+        def describe(descriptor: Any, which: int) -> list:
+            return make_tensordesc_arg(descriptor, meta[which])
+
     head = (
         compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
         None, None, None,
     )  # fmt: skip
-    return run.launch, head, values
+    return launch, head, describe, values
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -267,16 +288,15 @@ def _device_facts(device: torch.device) -> tuple[int, int, bool]:
 def _workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
     """Return room for partial results, and counters that are zero and that the kernel sets back to zero.
 
-    Calls on one stream run one after another and share them. A captured call gets its own from its graph's pool, zeroed in
-    the graph, since the graph may be replayed on any stream.
+    Calls on one stream run one after another and share them. A captured call gets its own from its graph's pool, zeroed
+    in the graph, since the graph may be replayed on any stream.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         parts = torch.empty(n_floats, dtype=torch.float32, device=device)
         return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
-    parts, counters = _workspaces.get((device.index, stream), (None, None))
-    if parts is None or counters is None or parts.numel() < n_floats or counters.numel() < n_counters:
+    known = _workspaces.get((device.index, stream))
+    if known is None or known[0].numel() < n_floats or known[1].numel() < n_counters:
         parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
         counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
-        with _lock:
-            _workspaces[device.index, stream] = parts, counters
-    return parts, counters
+        known = _workspaces[device.index, stream] = parts, counters
+    return known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_HEADS = 64
 MAX_WIDTH = 256  # of D and Dv
@@ -41,11 +41,23 @@ class LaunchConfig:
     def constants(self, H: int, n_spans: int) -> tuple:
         """Return the kernel's compile-time arguments from BLOCK_H to REST_STAGES."""
         block_h = max(16, next_power_of_2(H))
-        # Merging holds splits x block_h x block_m values in 128 registers of each thread.
-        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (self.splits * block_h)))
+        # A round of the merge holds unroll x block_h x block_m values in 128 registers of each thread.
+        unroll = min(self.splits, 16)
+        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (unroll * block_h)))
         rest = (self.block_l, self.num_stages) if self.load in ("gather", "span") else (REST_L, REST_STAGES)
         block_n = next_power_of_2(n_spans)
-        return (block_h, self.block_d, self.block_dv, self.block_l, block_n, block_m, self.splits, self.load, *rest)
+        return (
+            block_h,
+            self.block_d,
+            self.block_dv,
+            self.block_l,
+            block_n,
+            block_m,
+            unroll,
+            self.splits,
+            self.load,
+            *rest,
+        )
 
 
 def next_power_of_2(n: int) -> int:
@@ -54,16 +66,16 @@ def next_power_of_2(n: int) -> int:
 
 
 def chunk_width(width: int) -> int:
-    """Return the power of two that covers D or Dv in at most MAX_CHUNKS chunks with the least padding, the widest such."""
+    """Return the power of two that covers D or Dv in at most MAX_CHUNKS chunks: least padding first, then the widest."""
     candidates = [c for c in (256, 128, 64, 32, 16) if c * MAX_CHUNKS >= width and c < 2 * width]
     return min(candidates, key=lambda c: (-(-width // c) * c, -c))
 
 
-def shared_bytes(config: LaunchConfig, D: int, Dv: int, element_bytes: int) -> int:
-    """Estimate a program's shared memory in bytes: the tiles in flight, and the exchange of scores and of the result."""
+def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int) -> int:
+    """Estimate a program's shared memory in bytes: the tiles in flight, the exchange of scores and of the result."""
     columns = -(-D // config.block_d) * config.block_d + -(-Dv // config.block_dv) * config.block_dv
     tiles = max(config.num_stages - 1, 1) * config.block_l * columns * element_bytes
-    return tiles + 64 * (config.block_l + config.block_dv) * 4 // 4
+    return tiles + max(16, next_power_of_2(H)) * (config.block_l + config.block_dv) * 4
 
 
 def choose(
@@ -85,11 +97,63 @@ def choose(
     shared_kv: several rows of a group attend to the same K and V (S > 1). element_bytes: 2 or 4. shared_bytes: what a
     program may use.
     """
+    block_d, block_dv = chunk_width(D), chunk_width(Dv)
+    row_warps = max(16, next_power_of_2(H)) // 16  # warps that one tile of heads can keep busy without sharing its rows
+    rows_per_sm = N / sm_count
+    mean_span = max_len / max(n_spans, 1)
+
+    def config(
+        load: str, block_l: int, num_warps: int, num_stages: int, splits: int = 1, registers: int = 0
+    ) -> LaunchConfig:
+        chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers)
+        return _fit(chosen, H, D, Dv, element_bytes, shared_bytes)
+
+    if element_bytes == 4:
+        return config("gather", 32, 4, 2, _splits(N, max_len, sm_count))
+    if row_warps > 1 or D + Dv > 384:
+        load = "gather" if mean_span < 64 else "tma" if has_tma else "whole"
+        return config(load, 64, 4, 2, _splits(N, max_len, sm_count))
+    if shared_kv and n_spans > 1 and mean_span >= 32 and rows_per_sm >= 4:
+        if not has_tma:
+            return config("whole", 32, 1, 2)
+        return config("tma", 64, 1, 2, registers=216) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=144)
+    if max_len <= 16:
+        return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
+    if max_len <= 32:
+        return config("gather", 32, 2, 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
+    if rows_per_sm >= 4 and n_spans > 1 and mean_span < 64:
+        return config("gather", 16, 1, 3)
+    if D + Dv <= 128:
+        if max_len >= 512 or rows_per_sm < 1:
+            return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, _splits(N, max_len, sm_count))
+        return config("gather", 16, 1, 3) if rows_per_sm >= 4 and max_len <= 128 else config("gather", 64, 2, 2)
+    if rows_per_sm >= 4 and max_len <= 256:
+        return config("gather", 64, 4, 2)
+    if has_tma and mean_span >= 64 and max_len > 64:
+        return config("tma", 64, 4, 2 if rows_per_sm >= 1 and max_len <= 256 else 3, _splits(N, max_len, sm_count))
+    if rows_per_sm < 1 and max_len >= 128:
+        return config("gather", 128, 4, 3, _splits(N, max_len, sm_count))
+    return config("gather", 64, 4, 2 if max_len <= 64 else 3, _splits(N, max_len, sm_count))
+
+
+def _splits(N: int, max_len: int, sm_count: int) -> int:
+    """Split rows until the programs fill the GPU, as long as each part keeps enough tokens to pay for the merge."""
     splits = 1
-    while N * splits * 2 <= sm_count and max_len >= 128 * splits and splits < 32:
+    while N * splits * 2 <= sm_count and splits < 32:
+        if max_len < splits * 2 * (128 if N * splits * 4 <= sm_count else 256):
+            break
         splits *= 2
-    few = N * splits <= 2 * sm_count
-    return LaunchConfig("gather", 32, chunk_width(D), chunk_width(Dv), 4 if few or H > 16 else 1, 3, splits)
+    return splits
+
+
+def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:
+    """Take stages, then tokens a tile, from a configuration until it fits into `limit` bytes of shared memory."""
+    while shared_memory(config, H, D, Dv, element_bytes) > limit and (config.num_stages > 2 or config.block_l > 16):
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, block_l=config.block_l // 2)
+    return config
 
 
 def candidate_configs(
@@ -104,4 +168,4 @@ def candidate_configs(
         for stages in (1, 2, 3, 4)
         for splits in (1, 2, 4, 8, 16, 32)
     ]
-    return [c for c in every if shared_bytes(c, D, Dv, element_bytes) <= shared and (has_tma or c.load != "tma")]
+    return [c for c in every if shared_memory(c, H, D, Dv, element_bytes) <= shared and (has_tma or c.load != "tma")]
