@@ -1,9 +1,10 @@
 """Device code of the selection kernel: one program computes one row, or one of SPLITS parts of a row.
 
-A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. Tokens come in two
-ways. *Whole* tiles lie inside one span: one address and no mask, through a TMA descriptor with LOAD = "tma". What is left of
-each span, or all of it with LOAD = "gather", is *gathered*: the remainders are packed position by position and every token has
-its own address. No token outside the row's clamped spans is ever read, so a NaN there cannot reach the result.
+A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. Tokens come
+in two ways. *Whole* tiles lie inside one span: one address and no mask, through a TMA descriptor with LOAD = "tma".
+What is left of each span, or all of it with LOAD = "gather", is *gathered*: the remainders are packed position by
+position and every token has its own address. No token outside the row's clamped spans is ever read, so that a NaN there
+cannot reach the result.
 Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
 """
 
@@ -11,6 +12,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .tiles import INTERPRETED, attend, load_q, load_spans
+
+__all__ = ["INTERPRETED", "SIZE_ARGS", "STRIDE_ARGS", "_sel_fwd"]
 
 SIZE_ARGS = ["S", "G", "S_kv", "n_spans"]
 STRIDE_ARGS = [
@@ -24,107 +29,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE: tl.constexpr):
-    """Load the starts and ends of the spans offs_n clamped to [0, S_kv]; those past n_spans are empty.
-
-    WIDE: as int64, since a row's tokens may not be countable in int32.
-    """
-    mask_n = offs_n < n_spans
-    at = row_ptr + offs_n * stride_rn
-    start = tl.load(at, mask=mask_n, other=0)
-    end = tl.load(at + 1, mask=mask_n, other=0)
-    start = tl.minimum(tl.maximum(start, 0), S_kv).to(tl.int64 if WIDE else tl.int32)
-    end = tl.minimum(tl.maximum(end, 0), S_kv).to(tl.int64 if WIDE else tl.int32)
-    return start, tl.maximum(start, end)
-
-
-# Triton's interpreter multiplies the raw bits of bf16 operands: there, and only there, dots run on operands cast to fp32.
-INTERPRETED = tl.constexpr(not isinstance(_load_spans, triton.runtime.JITFunction))
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """Multiply on tensor cores with fp32 sums; fp32 operands are not rounded to tf32."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _load_tile(ptr, desc, desc_row, tokens, stride_t, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-               GATHER: tl.constexpr):  # fmt: skip
-    """Load columns [C·BLOCK, (C+1)·BLOCK) of BLOCK_L tokens; zeros outside WIDTH and, when gathering, outside mask_l."""
-    if (not GATHER) and (desc is not None):
-        return desc.load([desc_row, C * BLOCK])
-    offs = C * BLOCK + tl.arange(0, BLOCK)
-    at = ptr + tokens[:, None] * stride_t + offs[None, :]
-    if GATHER:
-        if (C + 1) * BLOCK > WIDTH:
-            return tl.load(at, mask=mask_l[:, None] & (offs < WIDTH)[None, :], other=0.0)
-        else:
-            return tl.load(at, mask=mask_l[:, None], other=0.0)
-    else:
-        if (C + 1) * BLOCK > WIDTH:
-            return tl.load(at, mask=(offs < WIDTH)[None, :], other=0.0)
-        else:
-            return tl.load(at)
-
-
-@triton.jit
-def _load_q(at, stride_qh, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
-            BLOCK_D: tl.constexpr):  # fmt: skip
-    """Load columns [C·BLOCK_D, (C+1)·BLOCK_D) of the row's heads, [BLOCK_H, BLOCK_D]; zeros outside H and D."""
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_d = C * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
-    return tl.load(at + offs_h[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _attend(q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_ptr, v_ptr, k_desc, v_desc, desc_row, tokens,
-            stride_kt, stride_vt, mask_l, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-            GATHER: tl.constexpr):  # fmt: skip
-    """Take one tile of tokens into the online softmax."""
-    zero = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
-    s = _dot(q0, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)), zero)
-    if D > BLOCK_D:
-        s += _dot(
-            q1, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, GATHER)), zero
-        )
-    if D > 2 * BLOCK_D:
-        s += _dot(
-            q2, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, GATHER)), zero
-        )
-    if D > 3 * BLOCK_D:
-        s += _dot(
-            q3, tl.trans(_load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, GATHER)), zero
-        )
-    s = s * scale_log2
-    if GATHER:
-        s = tl.where(mask_l[None, :], s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # logits of -inf are legal: exp2(-inf - -inf) would be NaN
-    alpha = tl.exp2(m_i - shift)
-    p = tl.exp2(s - shift[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
-    v0 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, GATHER)
-    p = p.to(v0.dtype)
-    acc0 = _dot(p, v0, acc0 * alpha[:, None])
-    if DV > BLOCK_DV:
-        v1 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 1, DV, BLOCK_DV, GATHER)
-        acc1 = _dot(p, v1, acc1 * alpha[:, None])
-    if DV > 2 * BLOCK_DV:
-        v2 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 2, DV, BLOCK_DV, GATHER)
-        acc2 = _dot(p, v2, acc2 * alpha[:, None])
-    if DV > 3 * BLOCK_DV:
-        v3 = _load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 3, DV, BLOCK_DV, GATHER)
-        acc3 = _dot(p, v3, acc3 * alpha[:, None])
-    return acc0, acc1, acc2, acc3, m_new, l_i
-
-
-@triton.jit
-def _store_out(out_ptr, acc, denom, C: tl.constexpr, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr,
-               BLOCK_DV: tl.constexpr):  # fmt: skip
+def _store_out(
+    out_ptr,
+    acc,
+    denom,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """Write columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of one row of the result."""
     offs_h = tl.arange(0, BLOCK_H)
     offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -140,8 +54,19 @@ def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.const
 
 
 @triton.jit
-def _merge(parts_ptr, out_ptr, lse_ptr, H: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PART: tl.constexpr,
-           BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+def _merge(
+    parts_ptr,
+    out_ptr,
+    lse_ptr,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Merge the parts of one row and write its result, BLOCK_M columns and UNROLL parts at a time.
 
     No load depends on another, so that all of a round are in flight together.
@@ -170,29 +95,64 @@ def _merge(parts_ptr, out_ptr, lse_ptr, H: tl.constexpr, DV: tl.constexpr, DV_PA
         out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
         mask = mask_h[:, None] & (offs_v < DV)[None, :]
         tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-        if column == 0:
-            if lse_ptr is not None:
-                tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=mask_h)
+        if column == 0 and lse_ptr is not None:
+            tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=mask_h)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
 def _sel_fwd(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc, scale_log2: tl.float32,
-    S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
-    stride_qb: tl.int64, stride_qs: tl.int64, stride_qg: tl.int64, stride_qh: tl.int64,
-    stride_kb: tl.int64, stride_kg: tl.int64, stride_kt: tl.int64,
-    stride_vb: tl.int64, stride_vg: tl.int64, stride_vt: tl.int64,
-    stride_rb: tl.int64, stride_rs: tl.int64, stride_rg: tl.int64, stride_rn: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    UNROLL: tl.constexpr, SPLITS: tl.constexpr, LOAD: tl.constexpr, REST_L: tl.constexpr, REST_STAGES: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    ranges_ptr,
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    count_ptr,
+    k_desc,
+    v_desc,
+    scale_log2: tl.float32,
+    S: tl.int32,
+    G: tl.int32,
+    S_kv: tl.int32,
+    n_spans: tl.int32,
+    stride_qb: tl.int64,
+    stride_qs: tl.int64,
+    stride_qg: tl.int64,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_kg: tl.int64,
+    stride_kt: tl.int64,
+    stride_vb: tl.int64,
+    stride_vg: tl.int64,
+    stride_vt: tl.int64,
+    stride_rb: tl.int64,
+    stride_rs: tl.int64,
+    stride_rg: tl.int64,
+    stride_rn: tl.int64,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LOAD: tl.constexpr,
+    REST_L: tl.constexpr,
+    REST_STAGES: tl.constexpr,
+):
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
-    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. LOAD: "gather", "whole", "tma"
-    as the module says; with these the parts of a row are runs of tiles. "span": part i takes the spans i, i + SPLITS, …,
-    tile by tile. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the counter
-    count_ptr[row] that it sets back to zero, merges them in a fixed order.
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. LOAD: "gather", "whole",
+    "tma" as the module says; with these the parts of a row are runs of tiles. "span": part i takes the spans i,
+    i + SPLITS, …, tile by tile. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the
+    counter count_ptr[row] that it sets back to zero, merges them in a fixed order.
     """
     s = S - 1 - tl.program_id(0) % S  # causal rows grow with s: the longest start first
     b = (tl.program_id(0) // S).to(tl.int64)
@@ -201,16 +161,16 @@ def _sel_fwd(
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
-    q0 = _load_q(q_row, stride_qh * UNIT, 0, H, D, BLOCK_H, BLOCK_D)
+    q0 = load_q(q_row, stride_qh * UNIT, 0, H, D, BLOCK_H, BLOCK_D)
     q1 = q0
     q2 = q0
     q3 = q0
     if D > BLOCK_D:
-        q1 = _load_q(q_row, stride_qh * UNIT, 1, H, D, BLOCK_H, BLOCK_D)
+        q1 = load_q(q_row, stride_qh * UNIT, 1, H, D, BLOCK_H, BLOCK_D)
     if D > 2 * BLOCK_D:
-        q2 = _load_q(q_row, stride_qh * UNIT, 2, H, D, BLOCK_H, BLOCK_D)
+        q2 = load_q(q_row, stride_qh * UNIT, 2, H, D, BLOCK_H, BLOCK_D)
     if D > 3 * BLOCK_D:
-        q3 = _load_q(q_row, stride_qh * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
+        q3 = load_q(q_row, stride_qh * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
 
     m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_H], tl.float32)
@@ -224,18 +184,42 @@ def _sel_fwd(
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
     if LOAD == "span":
         for n in range(split, n_spans, SPLITS):
-            start, end = _load_spans(row_ptr, stride_rn, n, n_spans, S_kv, WIDE)
+            start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, WIDE)
             for at in range(start, end, BLOCK_L):
                 token = at + offs_l
-                acc0, acc1, acc2, acc3, m_i, l_i = _attend(
-                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, None, None,
-                    0, token, stride_kt * UNIT, stride_vt * UNIT, token < end, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
+                acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                    q0,
+                    q1,
+                    q2,
+                    q3,
+                    acc0,
+                    acc1,
+                    acc2,
+                    acc3,
+                    m_i,
+                    l_i,
+                    scale_log2,
+                    k_row,
+                    v_row,
+                    None,
+                    None,
+                    0,
+                    token,
+                    stride_kt * UNIT,
+                    stride_vt * UNIT,
+                    token < end,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    True,
+                )
     else:
         n_tiles = 0
         offs_n = 0
         if BLOCK_N > 1:
             offs_n = tl.arange(0, BLOCK_N)
-        start, end = _load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE)
+        start, end = load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE)
         rest = start  # what is left of span j for gathering is [rest, end)
         if LOAD != "gather":
             n_whole = (end - start) // BLOCK_L
@@ -243,10 +227,10 @@ def _sel_fwd(
         first = start
         first_rest = rest
         left = end - rest
-        # Token = place + first + the gaps of the spans passed: gap j lies between the end of span j and the start of j + 1.
+        # Token = place + first + the gaps of the spans passed; gap j: from the end of span j to the start of j + 1.
         if BLOCK_N > 1:
-            first, first_end = _load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
-            next_start, next_end = _load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
+            first, first_end = load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
+            next_start, next_end = load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
             stop = tl.cumsum(left, 0)  # where span j stops in the packed remainder
             left = tl.sum(left)
             gap = next_start - end
@@ -271,18 +255,65 @@ def _sel_fwd(
                 token = first + t * BLOCK_L
                 if BLOCK_N > 1:
                     token += tl.sum(tl.where(whole_stop <= t, whole_gap, 0))
-                acc0, acc1, acc2, acc3, m_i, l_i = _attend(
-                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
-                    (desc_row + token).to(tl.int32), token + offs_l, stride_kt * UNIT, stride_vt * UNIT, offs_l < BLOCK_L,
-                    D, DV, BLOCK_D, BLOCK_DV, False)  # fmt: skip
+                acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                    q0,
+                    q1,
+                    q2,
+                    q3,
+                    acc0,
+                    acc1,
+                    acc2,
+                    acc3,
+                    m_i,
+                    l_i,
+                    scale_log2,
+                    k_row,
+                    v_row,
+                    k_desc,
+                    v_desc,
+                    (desc_row + token).to(tl.int32),
+                    token + offs_l,
+                    stride_kt * UNIT,
+                    stride_vt * UNIT,
+                    offs_l < BLOCK_L,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    False,
+                )
         for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
             place = t * REST_L + tl.arange(0, REST_L)
             token = first_rest + place
             if BLOCK_N > 1:
                 token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
-            acc0, acc1, acc2, acc3, m_i, l_i = _attend(
-                q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k_row, v_row, k_desc, v_desc,
-                0, token, stride_kt * UNIT, stride_vt * UNIT, place < left, D, DV, BLOCK_D, BLOCK_DV, True)  # fmt: skip
+            acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                q0,
+                q1,
+                q2,
+                q3,
+                acc0,
+                acc1,
+                acc2,
+                acc3,
+                m_i,
+                l_i,
+                scale_log2,
+                k_row,
+                v_row,
+                k_desc,
+                v_desc,
+                0,
+                token,
+                stride_kt * UNIT,
+                stride_vt * UNIT,
+                place < left,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                True,
+            )
 
     offs_h = tl.arange(0, BLOCK_H)
     out_at = out_ptr + out_row * (H * DV)

@@ -79,7 +79,7 @@ def packed_sdpa(
 def gather_rows(k: Tensor, v: Tensor, ranges: Tensor, max_len: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pack every row's K and V: [N, max_len, D], [N, max_len, Dv], and which tokens are real, bool [N, max_len].
 
-    N = B·S·G; rows are in (b, s, g) order. This is the packing step of `packed_sdpa`; S_kv and max_len must be at least 1.
+    N = B·S·G; rows are in (b, s, g) order. The packing step of `packed_sdpa`; S_kv and max_len must be at least 1.
     """
     index, valid = spans.token_index(ranges, k.shape[2], max_len)
     packed = [_gather(x, index).transpose(1, 2).reshape(-1, max_len, x.shape[3]) for x in (k, v)]
@@ -106,8 +106,8 @@ def sdpa_rows(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, *, s
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, scale: float | None = None) -> Tensor:
     """Attend over all of S_kv in fp32 with the bias log(how often the row selects the key): no gather.
 
-    Independent of the packing code, differentiable, needs B·G·S·H·S_kv fp32 values of memory. A NaN or infinity anywhere
-    in K or V reaches the result, selected or not.
+    Independent of the packing code, differentiable, needs B·G·S·H·S_kv fp32 values of memory. A NaN or infinity
+    anywhere in K or V reaches the result, selected or not.
     """
     B, S, G, H, D = q.shape
     S_kv, Dv = k.shape[2], v.shape[3]

@@ -110,8 +110,8 @@ def forward(
     """Run the kernel on arguments that `api` has checked; no routing.
 
     out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used, for the kernel does not
-    pad.
+    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used, as nothing
+    is padded.
 
     Raises: ValueError if the forced variant cannot run these tensors.
     """

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 MAX_HEADS = 64
 MAX_WIDTH = 256  # of D and Dv
-MAX_SPANS = 1024  # a row
+SPAN_BUCKETS = (1, 8, 16, 64, 256, 1024)  # spans a row that a kernel is compiled for: few, so that few are compiled
+MAX_SPANS = SPAN_BUCKETS[-1]
 MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
@@ -45,7 +46,7 @@ class LaunchConfig:
         unroll = min(self.splits, 16)
         block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (unroll * block_h)))
         rest = (self.block_l, self.num_stages) if self.load in ("gather", "span") else (REST_L, REST_STAGES)
-        block_n = next_power_of_2(n_spans)
+        block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
             block_h,
             self.block_d,
@@ -66,7 +67,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def chunk_width(width: int) -> int:
-    """Return the power of two that covers D or Dv in at most MAX_CHUNKS chunks: least padding first, then the widest."""
+    """Return the power of two that covers D or Dv in at most MAX_CHUNKS chunks: least padding, then widest."""
     candidates = [c for c in (256, 128, 64, 32, 16) if c * MAX_CHUNKS >= width and c < 2 * width]
     return min(candidates, key=lambda c: (-(-width // c) * c, -c))
 
