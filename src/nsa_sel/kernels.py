@@ -92,11 +92,12 @@ def _merge(
                 acc = acc * alpha[:, None] + part * beta[:, None]
                 l_i = l_i * alpha + l_part * beta
                 m_i = m_new
-        out = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
+        denom = tl.where(l_i == 0, 1.0, l_i)
+        out = acc / denom[:, None]
         mask = mask_h[:, None] & (offs_v < DV)[None, :]
         tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
         if column == 0 and lse_ptr is not None:
-            tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=mask_h)
+            tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=mask_h)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
@@ -329,7 +330,7 @@ def _sel_fwd(
         if DV > 3 * BLOCK_DV:
             _store_out(out_at, acc3, denom, 3, H, DV, BLOCK_H, BLOCK_DV)
         if lse_ptr is not None:
-            tl.store(lse_ptr + offs_h, (m_i + tl.log2(l_i)) * LN_2, mask=offs_h < H)
+            tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=offs_h < H)
     else:
         DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
         PART: tl.constexpr = H * (DV_PAD + 2)  # acc [H, DV_PAD], m [H], l [H]

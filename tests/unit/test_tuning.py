@@ -1,0 +1,92 @@
+"""The launch decision, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from nsa_sel import tuning
+
+GPUS = {  # multiprocessors, shared memory a program may use, TMA
+    "sm_80": (108, 163 * 1024, False),
+    "sm_89": (128, 99 * 1024, False),
+    "sm_90": (132, 227 * 1024, True),
+    "sm_120": (188, 99 * 1024, True),
+}
+
+
+def choose(gpu: str, **change) -> tuning.LaunchConfig:
+    sm_count, shared_bytes, has_tma = GPUS[gpu]
+    call = dict(N=1024, H=8, D=128, Dv=128, n_spans=8, max_len=1024, shared_kv=False, element_bytes=2)
+    return tuning.choose(**{**call, **change}, sm_count=sm_count, shared_bytes=shared_bytes, has_tma=has_tma)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_choice_can_run(gpu):
+    sm_count, shared_bytes, has_tma = GPUS[gpu]
+    calls = itertools.product(
+        (1, 32, 64, 256, 16384), (1, 4, 17, 64), (16, 80, 128, 192, 256), (16, 128, 256), (1, 8, 16, 1024),
+        (0, 1, 16, 64, 512, 1024, 65536), (False, True), (2, 4),
+    )  # fmt: skip
+    seen = set()
+    for N, H, D, Dv, n_spans, max_len, shared_kv, element_bytes in calls:
+        config = choose(
+            gpu,
+            N=N,
+            H=H,
+            D=D,
+            Dv=Dv,
+            n_spans=n_spans,
+            max_len=max_len,
+            shared_kv=shared_kv,
+            element_bytes=element_bytes,
+        )
+        seen.add(config)
+        assert config.load != "tma" or has_tma
+        assert tuning.shared_memory(config, H, D, Dv, element_bytes) <= shared_bytes, config
+        assert config.block_d * tuning.MAX_CHUNKS >= D
+        assert config.block_dv * tuning.MAX_CHUNKS >= Dv
+        assert config.splits == 1 or (N * config.splits <= sm_count and max_len >= 64 * config.splits)
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("width", range(16, 257, 16))
+def test_chunks_cover_a_width_with_little_padding(width):
+    chunk = tuning.chunk_width(width)
+    chunks = -(-width // chunk)
+    assert chunks <= tuning.MAX_CHUNKS
+    assert chunk & (chunk - 1) == 0
+    assert chunks * chunk - width < max(chunk, 64)
+    assert tuning.chunk_width(192) == 64
+
+
+def test_few_long_rows_are_split_and_many_are_not():
+    assert choose("sm_90", N=4, max_len=65536, n_spans=1).splits == 32
+    assert choose("sm_90", N=64, max_len=1024).splits == 2
+    assert choose("sm_90", N=64, max_len=256).splits == 1
+    assert choose("sm_90", N=1024, max_len=1024).splits == 1
+
+
+def test_prefill_runs_one_warp_a_program_through_whole_tiles():
+    call = dict(N=16384, H=16, n_spans=16, max_len=1024, shared_kv=True)
+    assert (choose("sm_90", **call).load, choose("sm_90", **call).num_warps) == ("tma", 1)
+    assert (choose("sm_80", **call).load, choose("sm_80", **call).num_warps) == ("whole", 1)
+
+
+def test_short_spans_are_gathered():
+    assert choose("sm_90", max_len=64, n_spans=8).load == "gather"
+    assert choose("sm_90", max_len=1024, n_spans=1024).load == "gather"
+
+
+def test_the_span_count_is_compiled_in_few_buckets():
+    config = choose("sm_90")
+    compiled = {config.constants(8, n_spans)[4] for n_spans in range(tuning.MAX_SPANS + 1)}
+    assert compiled == set(tuning.SPAN_BUCKETS)
+
+
+def test_candidates_fit_and_name_every_load():
+    found = tuning.candidate_configs(8, 128, 128, shared=99 * 1024)
+    assert {c.load for c in found} == {"gather", "whole", "tma", "span"}
+    assert all(tuning.shared_memory(c, 8, 128, 128, 2) <= 99 * 1024 for c in found)
+    assert not any(c.load == "tma" for c in tuning.candidate_configs(8, 128, 128, has_tma=False))
