@@ -74,8 +74,11 @@ def chunk_width(width: int) -> int:
 
 def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int) -> int:
     """Estimate a program's shared memory in bytes: the tiles in flight, the exchange of scores and of the result."""
-    columns = -(-D // config.block_d) * config.block_d + -(-Dv // config.block_dv) * config.block_dv
-    tiles = max(config.num_stages - 1, 1) * config.block_l * columns * element_bytes
+    k_columns = -(-D // config.block_d) * config.block_d
+    v_columns = -(-Dv // config.block_dv) * config.block_dv
+    # Without a pipeline K and V pass through shared memory one after the other.
+    columns = (config.num_stages - 1) * (k_columns + v_columns) if config.num_stages > 1 else max(k_columns, v_columns)
+    tiles = columns * config.block_l * element_bytes
     return tiles + max(16, next_power_of_2(H)) * (config.block_l + config.block_dv) * 4
 
 
@@ -149,8 +152,8 @@ def _splits(N: int, max_len: int, sm_count: int) -> int:
 
 def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:
     """Take stages, then tokens a tile, from a configuration until it fits into `limit` bytes of shared memory."""
-    while shared_memory(config, H, D, Dv, element_bytes) > limit and (config.num_stages > 2 or config.block_l > 16):
-        if config.num_stages > 2:
+    while shared_memory(config, H, D, Dv, element_bytes) > limit:
+        if config.num_stages > 2 or config.block_l == 16:
             config = replace(config, num_stages=config.num_stages - 1)
         else:
             config = replace(config, block_l=config.block_l // 2)

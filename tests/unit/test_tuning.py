@@ -18,7 +18,16 @@ GPUS = {  # multiprocessors, shared memory a program may use, TMA
 
 def choose(gpu: str, **change) -> tuning.LaunchConfig:
     sm_count, shared_bytes, has_tma = GPUS[gpu]
-    call = dict(N=1024, H=8, D=128, Dv=128, n_spans=8, max_len=1024, shared_kv=False, element_bytes=2)
+    call = {
+        "N": 1024,
+        "H": 8,
+        "D": 128,
+        "Dv": 128,
+        "n_spans": 8,
+        "max_len": 1024,
+        "shared_kv": False,
+        "element_bytes": 2,
+    }
     return tuning.choose(**{**call, **change}, sm_count=sm_count, shared_bytes=shared_bytes, has_tma=has_tma)
 
 
@@ -69,7 +78,7 @@ def test_few_long_rows_are_split_and_many_are_not():
 
 
 def test_prefill_runs_one_warp_a_program_through_whole_tiles():
-    call = dict(N=16384, H=16, n_spans=16, max_len=1024, shared_kv=True)
+    call = {"N": 16384, "H": 16, "n_spans": 16, "max_len": 1024, "shared_kv": True}
     assert (choose("sm_90", **call).load, choose("sm_90", **call).num_warps) == ("tma", 1)
     assert (choose("sm_80", **call).load, choose("sm_80", **call).num_warps) == ("whole", 1)
 
