@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,9 +22,12 @@ from nsa_sel import UnsupportedError, reference, selection_attention, spans
 from nsa_sel.bench import compiled, gate
 from nsa_sel.bench.cases import TRITON_METHODS, Case
 from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
-from nsa_sel.bench.timing import DeviceTimer, WallTimer
+from nsa_sel.bench.timing import Call, DeviceTimer, WallTimer
 
 PARITY_ROWS = 64
+# What SDPA itself puts into a mask for cuDNN, which has trouble with -inf; beside a real token its weight is exactly 0.
+MASKED = -65504.0
+MASK_ALIGNMENT = 16  # elements: a mask whose rows begin elsewhere is copied at every call
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -83,32 +87,53 @@ class CaseState:
         return x.q.reshape(self.case.N, *x.q.shape[3:]), k_rows, v_rows, None if x.min_len == x.max_len else valid
 
     @functools.cached_property
+    def core_call(self) -> Call:
+        """Return SDPA on the packed rows in its fastest form: the shapes that it wants, the mask as it adds it.
+
+        The mask belongs to packing; a bool one would be turned into this form at every call.
+        """
+        q, k, v, valid = self.packed
+        if len(q) > reference.MAX_SDPA_BATCH or self.inputs.min_len == 0:
+            return functools.partial(reference.sdpa_rows, q, k, v, valid)
+        mask = None
+        if valid is not None:
+            N, L = valid.shape
+            width = -(-L // MASK_ALIGNMENT) * MASK_ALIGNMENT
+            mask = torch.zeros(N, 1, 1, width, dtype=q.dtype, device=q.device)[..., :L]
+            mask.masked_fill_(~valid[:, None, None], MASKED)
+        return functools.partial(F.scaled_dot_product_attention, q[:, None], k[:, None], v[:, None], attn_mask=mask)
+
+    @functools.cached_property
+    def core_backend(self) -> str:
+        """Return the fastest SDPA backend for `core_call`."""
+        return self.sdpa_backend if self.packed[3] is None else self._fastest_backend(self.core_call)
+
+    @functools.cached_property
     def sdpa_backend(self) -> str:
-        """Return the fastest SDPA backend for the packed rows; every one that runs is tried."""
+        """Return the fastest SDPA backend for the rows and the bool mask that packing inside the operation makes."""
+        return self._fastest_backend(functools.partial(reference.sdpa_rows, *self.packed))
+
+    def _fastest_backend(self, call: Call) -> str:
+        """Try every backend that runs the call, and leave out one whose result is wrong."""
         if self.device == "cpu":
             return "default"
-        q, k, v, valid = self.packed
+        rows, oracle, packed = self.expected  # outside any backend's context
         times: dict[str, float] = {}
         for name, backend in SDPA_BACKENDS.items():
             if name == "math" and times:  # materialises the logits: only where nothing else runs
                 continue
             with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
-                call = functools.partial(reference.sdpa_rows, q, k, v, valid)
-                call()
-                torch.cuda.synchronize()
+                out = _flat(self.case, call())[rows]
+                if not gate.check(out, oracle, packed, dtype=out.dtype).ok:
+                    continue
                 times[name] = statistics.median(self.timer.samples(call, rounds=9, warmup=2))
         if not times:
-            raise NotTimed("no SDPA backend runs this case")
+            raise NotTimed("no SDPA backend runs this case and gives the right result")
         best = next(iter(times))
         for name in times:
             if times[name] * CLEARLY_FASTER < times[best]:
                 best = name
         return best
-
-    def sdpa_guard(self) -> AbstractContextManager[object]:
-        """Enter the best SDPA backend."""
-        name = self.sdpa_backend
-        return contextlib.nullcontext() if name == "default" else sdpa_kernel(SDPA_BACKENDS[name])
 
     @functools.cached_property
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,26 +155,26 @@ def prepare(state: CaseState, method: str) -> Prepared:
     """
     if method in TRITON_METHODS:
         return _triton(state, core=method == "triton_core")
-    if method == "sdpa_core":
-        core = functools.partial(reference.sdpa_rows, *state.packed)
-        return Prepared(core, _as_it_is, {"sdpa_backend": state.sdpa_backend}, state.sdpa_guard)
     rows = functools.partial(_flat, state.case)
+    if method == "sdpa_core":
+        return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, _within(state.core_backend))
     if method == "packed_sdpa":
         call = _operation(state.inputs, "packed_sdpa")
-        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, state.sdpa_guard)
+        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, _within(state.sdpa_backend))
     if method != "packed_sdpa_compiled":
         raise ValueError(f"method: value is {method!r}, expected one of {', '.join(state.case.methods)}")
     if state.device == "cpu":
         raise NotTimed("no GPU")
+    guard = _within(state.sdpa_backend)
     try:
-        with state.sdpa_guard():
+        with guard():
             build = compiled.choose(state.case, state.inputs, state.sdpa_backend, state.timer)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler may fail in any way; the other methods go on
         reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip()}"
         raise NotTimed(" ".join(reason.split())[:300]) from error
-    return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, state.sdpa_guard)
+    return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, guard)
 
 
 def check(state: CaseState, prepared: Prepared) -> float:
@@ -206,8 +231,9 @@ def _flat(case: Case, out: Tensor) -> Tensor:
     return out.reshape(case.N, case.H, case.Dv)
 
 
-def _as_it_is(out: Tensor) -> Tensor:
-    return out
+def _within(backend: str) -> Callable[[], AbstractContextManager[object]]:
+    """Return how to enter an SDPA backend."""
+    return contextlib.nullcontext if backend == "default" else functools.partial(sdpa_kernel, SDPA_BACKENDS[backend])
 
 
 def _free_memory() -> int:
