@@ -20,7 +20,10 @@ STATIC_TRIED = {(256, 256, "few"), (256, 256, "many")}  # (L, N, layout) of `row
 STATIC_MUST_WIN = 1.05
 RECOMPILES = 64  # beyond it torch.compile would run eager, or with fullgraph raise
 
+MOST_FAILURES = 2  # of one build; a compiler that fails takes seconds to do so, in each of dozens of cases
+
 _builds: dict[tuple[object, ...], Callable[..., Tensor]] = {}
+_failures: dict[tuple[object, ...], list[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,17 @@ def choose(case: Case, x: Inputs, sdpa_backend: str, timer: DeviceTimer | WallTi
 
     Raises: whatever the compiler raises; `fullgraph` makes it raise rather than fall back to eager.
     """
+    failed = _failures.setdefault(_shape(case, sdpa_backend), [])
+    if len(failed) >= MOST_FAILURES:
+        raise RuntimeError(f"failed before: {failed[0]}")
     call = _build(case, x, sdpa_backend, dynamic=True)
-    call()
+    try:
+        call()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failed.append(f"{type(error).__name__}: {error}")
+        raise
     if case.family != "rows" or (case.L, case.N, case.layout) not in STATIC_TRIED:
         return Build(call, {"compile_mode": "dynamic"})
     try:
@@ -56,7 +68,7 @@ def choose(case: Case, x: Inputs, sdpa_backend: str, timer: DeviceTimer | WallTi
 
 def _build(case: Case, x: Inputs, sdpa_backend: str, dynamic: bool) -> Callable[[], Tensor]:
     """Bind the compiled function to the inputs; compile it at its first call for this static shape."""
-    shape = (case.H, case.D, case.Dv, case.dtype, case.S, case.G, case.n_spans, case.B == 1, sdpa_backend)
+    shape = _shape(case, sdpa_backend)
     key = shape if dynamic else (*shape, case.N, case.L, case.S_kv)
     if key not in _builds:
         _raise_limits()
@@ -71,6 +83,11 @@ def _build(case: Case, x: Inputs, sdpa_backend: str, dynamic: bool) -> Callable[
                 torch._dynamo.mark_dynamic(tensor, dim)
     function = _builds[key]
     return lambda: function(q, k, v, ranges, length)
+
+
+def _shape(case: Case, sdpa_backend: str) -> tuple[object, ...]:
+    """Return what a dynamic build is static in."""
+    return (case.H, case.D, case.Dv, case.dtype, case.S, case.G, case.n_spans, case.B == 1, sdpa_backend)
 
 
 def _body(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, length: Tensor) -> Tensor:
