@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nsa_sel.bench import decision, summary, thresholds
+from nsa_sel.bench import cases, decision, summary, thresholds
 from nsa_sel.bench.measure import Bench
 from nsa_sel.bench.runs import RunError
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
-    return Bench(plant=request.config.getoption("sel_plant"))
+    """Compile the run's kernels, then calibrate the instrument, without which nothing can be timed."""
+    if torch.cuda.is_available():
+        _say(request.config, _compiled(request.session))
+    try:
+        return Bench(plant=request.config.getoption("sel_plant"))
+    except Exception as error:
+        pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
+
+
+def _compiled(session: pytest.Session) -> str:
+    asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
+    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype)}
+    try:
+        from nsa_sel.bench import precompile  # needs Triton
+
+        return precompile.compile_kernels([(known[params["case_id"]], params["method"]) for params in asked])
+    except Exception as error:  # the run compiles what it needs, one kernel after another
+        return f"kernels not compiled ahead: {type(error).__name__}: {error}"
+
+
+def _is_timed(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and "case_id" in item.callspec.params
+
+
+def _say(config: pytest.Config, text: str) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(f" {text}")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

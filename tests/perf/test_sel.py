@@ -29,7 +29,7 @@ CASES = pytest.StashKey[dict[str, cases.Case]]()
 
 
 @pytest.mark.benchmark(timer=timing.tick, disable_gc=True)
-@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # by a method whose result is wrong
+@pytest.mark.filterwarnings("ignore")  # whatever torch and the compilers warn of, it is no reason to lose a measurement
 def test_sel(case_id, method, benchmark, bench: Bench, pytestconfig: pytest.Config) -> None:
     case = pytestconfig.stash[CASES][case_id]
     benchmark.group = case_id
@@ -44,7 +44,9 @@ def test_sel(case_id, method, benchmark, bench: Bench, pytestconfig: pytest.Conf
     except NotTimed as reason:
         benchmark.has_error = True
         pytest.skip(f"not timed: {reason}")
-    except Exception:
-        benchmark.has_error = True  # else half a measurement would be saved
+    except BaseException as error:  # an interrupt too
+        benchmark.has_error = True  # else half a measurement would be saved, or a run could not be saved at all
+        if isinstance(error, Exception) and bench.lost():
+            pytest.exit(f"the GPU no longer answers since {case_id} {method}: {error}", returncode=1)
         raise
     hooks.register_remeasure(case_id, method, functools.partial(bench.measure_again, case, method))

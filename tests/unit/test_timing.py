@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nsa_sel
-from nsa_sel.bench import cases, methods, summary, timing
+from nsa_sel.bench import cases, compiled, methods, precompile, summary, timing
 from nsa_sel.bench.calibration import calibrate, limit_us
 from nsa_sel.bench.cases import Case
+from nsa_sel.bench.inputs import make_inputs
 from nsa_sel.bench.machine import environment
 from nsa_sel.bench.measure import Bench, is_planted
 from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
@@ -49,6 +51,10 @@ def test_limit_is_linear_between_points_flat_below_and_proportional_beyond():
 )
 def test_plan_keeps_the_budget_with_as_many_calls_as_it_can(call_us, expected):
     assert plan(call_us, 0.1, calls=100) == expected
+
+
+def test_plan_of_a_graph_keeps_its_calls_and_replays_it_less_often():
+    assert [plan(us, 0.02, calls=20, fewest=20) for us in (10, 100, 160, 1000)] == [(20, 20), (10, 20), (6, 20), (6, 3)]
 
 
 def test_wall_timer_gives_one_sample_a_round_and_calls_the_warm_ups_too():
@@ -133,6 +139,60 @@ def test_both_references_pass_the_gate_and_a_wrong_row_fails_it(family):
         methods.check(state, wrong)
 
 
+def test_the_core_opponent_gets_its_mask_ready_to_be_added_and_aligned():
+    state = CaseState(Case("ragged", "bf16", "few", 4, 64, 64, 64, 8), WallTimer())
+    mask = state.core_call.keywords["attn_mask"]
+    lengths = (state.inputs.ranges[..., 1] - state.inputs.ranges[..., 0]).flatten()
+    assert state.inputs.max_len % 16 and mask.shape == (8, 1, 1, state.inputs.max_len)
+    assert mask.dtype == state.inputs.q.dtype and all(stride % 16 == 0 for stride in mask.stride()[:3])
+    assert (mask == 0).flatten(1).sum(-1).tolist() == lengths.tolist()
+    even = CaseState(SMALL, WallTimer())
+    assert even.core_call.keywords["attn_mask"] is None
+
+
+def test_a_build_that_fails_is_not_tried_in_every_case(monkeypatch):
+    tried = []
+
+    def fail():
+        tried.append(1)
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(compiled, "_build", lambda *arguments, **options: fail)
+    monkeypatch.setattr(compiled, "_failures", {})
+    inputs = CaseState(SMALL, WallTimer()).inputs
+    for _ in range(2):
+        with pytest.raises(NotImplementedError):
+            compiled.choose(SMALL, inputs, "flash", WallTimer())
+    for backend, times in (("flash", 2), ("flash", 2), ("cudnn", 3)):
+        with pytest.raises((RuntimeError, NotImplementedError), match="no such kernel"):
+            compiled.choose(SMALL, inputs, backend, WallTimer())
+        assert len(tried) == times
+
+
+def test_every_kernel_of_a_run_is_compiled_once_ahead_of_it(monkeypatch):
+    monkeypatch.setattr(precompile.triton_fwd, "unsupported_reason", lambda *arguments: None)
+    tiny = [
+        cases.rows_case("bf16", layout, 4, 64, 64, L, N)
+        for layout in ("few", "many")
+        for L in (16, 64)
+        for N in (8, 16)
+    ]
+    pairs = [(case, method) for case in tiny for method in case.methods]
+    jobs = precompile.distinct(pairs, "cpu")
+    assert 2 <= len(jobs) < len(tiny) * 2
+    assert {case.N for case, _ in jobs} == {8}  # the one with the least memory
+    assert jobs == precompile.distinct([(case, "triton_core" if core else "triton") for case, core in jobs], "cpu")
+    assert precompile.distinct([(case, "packed_sdpa") for case in tiny], "cpu") == []
+
+
+def test_a_kernel_that_cannot_be_compiled_ahead_is_left_to_its_benchmark(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(precompile, "distinct", lambda *arguments: [(SMALL, False)] * (precompile.PROBES + 1))
+    monkeypatch.setattr(precompile, "blank", lambda *arguments: make_inputs(SMALL, "meta"))
+    monkeypatch.setattr(precompile, "MOST_WORKERS", 1)
+    assert precompile.compile_kernels([]).startswith("0 of 5 kernels compiled in ")
+
+
 def test_one_case_is_held_at_a_time(cpu_bench):
     first = cpu_bench.state(SMALL)
     assert cpu_bench.state(SMALL) is first
@@ -165,3 +225,35 @@ def test_summary_compares_with_the_fastest_sdpa_form_of_the_same_scope():
     assert lines[1].split() == ["rows", "few", "2", "6.00", "1.50", "100", "50", "%"]
     assert any(line.startswith(" 1.50x core") and fast.id in line for line in lines)
     assert len(summary.aligned(summary.table(results))) == len(results) + 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("measure.calibrate = fail", "the instrument cannot be calibrated"),
+        ("methods.check = fail; measure.Bench.lost = lambda self: True", "the GPU no longer answers"),
+    ],
+    ids=["no calibration", "GPU lost"],
+)
+def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said):
+    (tmp_path / "broken.py").write_text(
+        f"from nsa_sel.bench import measure, methods\ndef fail(*_): raise RuntimeError('out of order')\n{broken}\n"
+    )
+    root = Path(nsa_sel.__file__).parents[2]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "broken",
+        "tests/perf",
+        "--sel-matrix=smoke",
+        "-k",
+        "sdpa_core",
+    ]
+    paths = os.pathsep.join([str(tmp_path), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    hidden = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=hidden)
+    assert done.returncode == 1 and said in done.stdout and "out of order" in done.stdout
+    assert len(done.stdout.splitlines()) < 60, done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import warnings
@@ -71,7 +72,18 @@ class Bench:
         if self.on_gpu:
             cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             if cached > CACHE_LIMIT * torch.cuda.mem_get_info()[1]:
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # refused for good after a capture that failed
+                    torch.cuda.empty_cache()
+
+    def lost(self) -> bool:
+        """Tell whether the GPU no longer answers: after an illegal access every later call of this process fails."""
+        if not self.on_gpu:
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     @contextmanager
     def ready(self, case: Case, method: str) -> Iterator[tuple[Prepared, dict[str, Any]]]:
