@@ -26,9 +26,9 @@ L2_COVER = 4  # the flush reads so many times the size of L2
 # Between delay and start event the host runs pytest-benchmark's own code, some 20 µs, which the delay must outlast.
 DELAY_MARGIN_US = 40.0
 MOST_REPEATS = 12  # of one round, with the delay growing to 80 times its length
-# Some 2,700 benchmarks must fit into minutes: a block has 100 calls where a call takes up to 20 µs, fewer beyond; a
+# Some 2,700 benchmarks must fit into minutes: a block has 100 calls where a call takes up to 15 µs, fewer beyond; a
 # graph of 20 calls is replayed 20 times up to 50 µs, 6 times up to 160 µs, and has fewer calls beyond.
-CALL_BUDGET_S = 0.04
+CALL_BUDGET_S = 0.03
 GRAPH_BUDGET_S = 0.02
 
 Call = Callable[[], Any]
