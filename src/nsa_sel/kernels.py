@@ -1,4 +1,4 @@
-"""Device code of the selection kernel: one program computes one row, or one of SPLITS parts of a row.
+"""Device code of the selection kernel: one program computes one row, or one of `splits` parts of a row.
 
 A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. Tokens come
 in two ways. *Whole* tiles lie inside one span: one address and no mask, through a TMA descriptor with LOAD = "tma".
@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 
 from .tiles import INTERPRETED, attend, load_q, load_spans
+from .tuning import MERGE_UNROLL
 
 __all__ = ["INTERPRETED", "SIZE_ARGS", "STRIDE_ARGS", "_sel_fwd"]
 
-SIZE_ARGS = ["S", "G", "S_kv", "n_spans"]
+SIZE_ARGS = ["S", "G", "S_kv", "n_spans", "splits"]
 STRIDE_ARGS = [
     f"stride_{tensor}{axis}"
     for tensor, axes in (("q", "bsgh"), ("k", "bgt"), ("v", "bgt"), ("r", "bsgn"))
@@ -26,6 +27,7 @@ STRIDE_ARGS = [
 
 
 LN_2 = tl.constexpr(0.6931471805599453)
+UNROLL = tl.constexpr(MERGE_UNROLL)
 
 
 @triton.jit
@@ -58,14 +60,13 @@ def _merge(
     parts_ptr,
     out_ptr,
     lse_ptr,
+    splits,
     H: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SPLITS: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Merge the parts of one row and write its result, BLOCK_M columns and UNROLL parts at a time.
 
@@ -79,12 +80,14 @@ def _merge(
         m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
-        for first in range(0, SPLITS, UNROLL):
+        for first in range(0, splits, UNROLL):
             for i in tl.static_range(UNROLL):
                 part_ptr = parts_ptr + (first + i) * PART
-                m_part = tl.load(part_ptr + H * DV_PAD + offs_h, mask=mask_h, other=0.0, cache_modifier=".cg")
-                l_part = tl.load(part_ptr + H * DV_PAD + H + offs_h, mask=mask_h, other=0.0, cache_modifier=".cg")
-                part = tl.load(part_ptr + offs, mask=mask_h[:, None], other=0.0, cache_modifier=".cg")
+                mask_i = mask_h & (first + i < splits)
+                stats_ptr = part_ptr + H * DV_PAD + offs_h
+                m_part = tl.load(stats_ptr, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
+                l_part = tl.load(stats_ptr + H, mask=mask_i, other=0.0, cache_modifier=".cg")
+                part = tl.load(part_ptr + offs, mask=mask_i[:, None], other=0.0, cache_modifier=".cg")
                 m_new = tl.maximum(m_i, m_part)
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)
                 alpha = tl.exp2(m_i - shift)
@@ -117,6 +120,7 @@ def _sel_fwd(
     G: tl.int32,
     S_kv: tl.int32,
     n_spans: tl.int32,
+    splits: tl.int32,
     stride_qb: tl.int64,
     stride_qs: tl.int64,
     stride_qg: tl.int64,
@@ -142,8 +146,7 @@ def _sel_fwd(
     BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    UNROLL: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     LOAD: tl.constexpr,
     REST_L: tl.constexpr,
     REST_STAGES: tl.constexpr,
@@ -152,8 +155,8 @@ def _sel_fwd(
 
     Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. LOAD: "gather", "whole",
     "tma" as the module says; with these the parts of a row are runs of tiles. "span": part i takes the spans i,
-    i + SPLITS, …, tile by tile. With SPLITS > 1 each part leaves its sums in part_ptr, and the last to arrive, by the
-    counter count_ptr[row] that it sets back to zero, merges them in a fixed order.
+    i + splits, …, tile by tile. SPLIT (splits > 1): each part leaves its sums in part_ptr, and the last to arrive, by
+    the counter count_ptr[row] that it sets back to zero, merges them in a fixed order.
     """
     s = S - 1 - tl.program_id(0) % S  # causal rows grow with s: the longest start first
     b = (tl.program_id(0) // S).to(tl.int64)
@@ -184,7 +187,7 @@ def _sel_fwd(
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * UNIT
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
     if LOAD == "span":
-        for n in range(split, n_spans, SPLITS):
+        for n in range(split, n_spans, splits):
             start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, WIDE)
             for at in range(start, end, BLOCK_L):
                 token = at + offs_l
@@ -246,8 +249,8 @@ def _sel_fwd(
             n_tiles = n_whole
         lo = 0
         hi = n_tiles + tl.cdiv(left, REST_L)
-        if SPLITS > 1:
-            share = tl.cdiv(hi, SPLITS)
+        if SPLIT:
+            share = tl.cdiv(hi, splits)
             lo = split * share
             hi = tl.minimum(lo + share, hi)
         if LOAD != "gather":
@@ -320,7 +323,7 @@ def _sel_fwd(
     out_at = out_ptr + out_row * (H * DV)
     if lse_ptr is not None:
         lse_ptr += out_row * H
-    if SPLITS == 1:
+    if not SPLIT:
         denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
         _store_out(out_at, acc0, denom, 0, H, DV, BLOCK_H, BLOCK_DV)
         if DV > BLOCK_DV:
@@ -334,7 +337,7 @@ def _sel_fwd(
     else:
         DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
         PART: tl.constexpr = H * (DV_PAD + 2)  # acc [H, DV_PAD], m [H], l [H]
-        parts_at = part_ptr + out_row * (SPLITS * PART)
+        parts_at = part_ptr + out_row * splits * PART
         mine = parts_at + split * PART
         mask_h = offs_h < H
         tl.store(_part_acc(mine, 0, DV_PAD, BLOCK_H, BLOCK_DV), acc0, mask=mask_h[:, None])
@@ -347,6 +350,6 @@ def _sel_fwd(
         tl.store(mine + H * DV_PAD + offs_h, m_i, mask=mask_h)
         tl.store(mine + H * (DV_PAD + 1) + offs_h, l_i, mask=mask_h)
         tl.debug_barrier()  # every thread's part is written before one of them says so
-        if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == splits - 1:
             tl.store(count_ptr + out_row, 0)
-            _merge(parts_at, out_at, lse_ptr, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M, SPLITS, UNROLL)
+            _merge(parts_at, out_at, lse_ptr, splits, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M)

@@ -73,7 +73,8 @@ def packed_sdpa(
     k_rows = _gather(k, index).view(B * G * S, max_len, D)
     v_rows = _gather(v, index).view(B * G * S, max_len, Dv)
     mask = valid.transpose(1, 2).reshape(B * G * S, max_len) if ragged else None
-    return sdpa_rows(q_rows, k_rows, v_rows, mask, scale=scale).view(B, G, S, H, Dv).transpose(1, 2).contiguous()
+    out = sdpa_rows(q_rows, k_rows, v_rows, mask, scale=scale, may_be_empty=min_len < 1)
+    return out.view(B, G, S, H, Dv).transpose(1, 2).contiguous()
 
 
 def gather_rows(k: Tensor, v: Tensor, ranges: Tensor, max_len: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,17 +87,28 @@ def gather_rows(k: Tensor, v: Tensor, ranges: Tensor, max_len: int) -> tuple[Ten
     return packed[0], packed[1], valid.reshape(-1, max_len)
 
 
-def sdpa_rows(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+def sdpa_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    may_be_empty: bool = True,
+) -> Tensor:
     """Call SDPA on packed rows: q [N, H, D], k [N, L, D], v [N, L, Dv] → [N, H, Dv].
 
-    `valid` bool [N, L] masks padding, and a row with no real token gives zeros; None: no padding, hence no mask, and
-    flash attention may serve the call.
+    `valid` bool [N, L] masks padding; None: no padding, hence no mask, and flash attention may serve the call. A row with
+    no real token gives zeros; `may_be_empty=False` promises that there is none.
     """
     if q.shape[0] > MAX_SDPA_BATCH:
         parts = [slice(at, at + MAX_SDPA_BATCH) for at in range(0, q.shape[0], MAX_SDPA_BATCH)]
-        return torch.cat([sdpa_rows(q[p], k[p], v[p], None if valid is None else valid[p], scale=scale) for p in parts])
-    if valid is None:
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+        masks = [None if valid is None else valid[p] for p in parts]
+        options = {"scale": scale, "may_be_empty": may_be_empty}
+        return torch.cat([sdpa_rows(q[p], k[p], v[p], m, **options) for p, m in zip(parts, masks, strict=True)])
+    if valid is None or not may_be_empty:
+        mask = None if valid is None else valid[:, None, None]
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)[:, 0]
     empty = ~valid.any(-1)
     mask = (valid | empty[:, None])[:, None, None]  # SDPA gives NaN for a row that may see nothing
     out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)[:, 0]

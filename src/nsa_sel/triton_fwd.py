@@ -156,7 +156,7 @@ class Plan:
         unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
         wide = n_spans * S_kv >= 2**31
         self.values = (
-            (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans,
+            (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans, config.splits,
             *(stride // unit for stride in strides), *_strides(ranges),
             H, D, Dv, unit, wide, *config.constants(H, n_spans),
         )  # fmt: skip

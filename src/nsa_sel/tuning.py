@@ -11,6 +11,8 @@ MAX_SPANS = SPAN_BUCKETS[-1]
 MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
+MAX_SPLITS = 64  # one program merges them all
+MERGE_UNROLL = 8  # parts that the merge loads together
 REST_L, REST_STAGES = 16, 2  # tile and stages of what whole tiles leave over
 
 
@@ -42,9 +44,8 @@ class LaunchConfig:
     def constants(self, H: int, n_spans: int) -> tuple:
         """Return the kernel's compile-time arguments from BLOCK_H to REST_STAGES."""
         block_h = max(16, next_power_of_2(H))
-        # A round of the merge holds unroll x block_h x block_m values in 128 registers of each thread.
-        unroll = min(self.splits, 16)
-        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (unroll * block_h)))
+        # A round of the merge holds MERGE_UNROLL x block_h x block_m values in 128 registers of each thread.
+        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (MERGE_UNROLL * block_h)))
         rest = (self.block_l, self.num_stages) if self.load in ("gather", "span") else (REST_L, REST_STAGES)
         block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
@@ -54,8 +55,7 @@ class LaunchConfig:
             self.block_l,
             block_n,
             block_m,
-            unroll,
-            self.splits,
+            self.splits > 1,
             self.load,
             *rest,
         )
@@ -142,12 +142,8 @@ def choose(
 
 def _splits(N: int, max_len: int, sm_count: int) -> int:
     """Split rows until the programs fill the GPU, as long as each part keeps enough tokens to pay for the merge."""
-    splits = 1
-    while N * splits * 2 <= sm_count and splits < 32:
-        if max_len < splits * 2 * (128 if N * splits * 4 <= sm_count else 256):
-            break
-        splits *= 2
-    return splits
+    tokens = 128 if sm_count >= N * 16 else 256
+    return max(1, min(sm_count // max(N, 1), max_len // tokens, MAX_SPLITS))
 
 
 def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -70,33 +71,36 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Fail a test that names the kernel and did not launch it."""
     if MARK not in item.name:
         return (yield)
+    import parity_case
+
     from nsa_sel import triton_fwd
 
-    before = triton_fwd.launch_count()
+    before, known = triton_fwd.launch_count(), len(parity_case.RECORDS)
     result = yield
     if triton_fwd.launch_count() == before:
         pytest.fail("this test names the Triton kernel and never launched it", pytrace=False)
+    # Reports carry the figures to the summary, also from the workers of pytest-xdist.
+    item.user_properties += [(MARK, asdict(record)) for record in parity_case.RECORDS[known:]]
     return result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print which kernels ran and the worst figures per dtype."""
-    records = getattr(sys.modules.get("parity_case"), "RECORDS", [])
+    reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
+    records = [value for report in reports for name, value in report.user_properties if name == MARK]
     if not records:
         return
     on_gpu = torch.cuda.is_available()
     where = f"real kernels on {torch.cuda.get_device_name()}" if on_gpu else "Triton's interpreter, no GPU"
-    variants = {(r.case.dtype, r.case.H, r.case.D, r.case.Dv, r.launch) for r in records}
+    variants = {r["variant"] for r in records}
     terminalreporter.section("parity of the Triton kernel")
     terminalreporter.line(f"{len(records)} comparisons with {where}; {len(variants)} kernel variants")
-    for dtype in sorted({r.case.dtype for r in records}, key=str):
-        of_dtype = [r for r in records if r.case.dtype == dtype]
-        ordinary = [r for r in of_dtype if r.case.q_factor == 1] or of_dtype
-        mae = max(ordinary, key=lambda r: r.verdict.mae)
-        worst = max(ordinary, key=lambda r: r.verdict.max_err)
-        row = max(of_dtype, key=lambda r: r.verdict.worst_row_mae_ratio)
-        terminalreporter.line(f"{dtype}: worst MAE {mae.verdict.mae:.3g} in {mae.case.label}")
-        terminalreporter.line(f"{'':14} worst max error {worst.verdict.max_err:.3g} in {worst.case.label}")
-        terminalreporter.line(
-            f"{'':14} worst row MAE at {row.verdict.worst_row_mae_ratio:.0%} of its bound in {row.case.label}"
-        )
+    for dtype in sorted({r["dtype"] for r in records}):
+        of_dtype = [r for r in records if r["dtype"] == dtype]
+        ordinary = [r for r in of_dtype if r["q_factor"] == 1] or of_dtype
+        mae = max(ordinary, key=lambda r: r["mae"])
+        worst = max(ordinary, key=lambda r: r["max_err"])
+        row = max(of_dtype, key=lambda r: r["row_mae_ratio"])
+        terminalreporter.line(f"{dtype}: worst MAE {mae['mae']:.3g} in {mae['label']}")
+        terminalreporter.line(f"{'':14} worst max error {worst['max_err']:.3g} in {worst['label']}")
+        terminalreporter.line(f"{'':14} worst row MAE at {row['row_mae_ratio']:.0%} of its bound in {row['label']}")

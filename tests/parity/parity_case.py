@@ -5,7 +5,6 @@ Imports of the kernel stay inside functions: conftest.py must choose between GPU
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,12 +122,15 @@ def judge(case: Case, out: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tens
 
 @dataclass(frozen=True)
 class Record:
-    """Keep one passed comparison for the summary at the end of the run."""
+    """Keep the figures of one passed comparison for the summary at the end of the run: plain values only."""
 
-    case: Case
-    verdict: gate.GateResult
-    test: str
-    launch: str
+    dtype: str
+    label: str
+    variant: str
+    q_factor: int
+    mae: float
+    max_err: float
+    row_mae_ratio: float
 
 
 RECORDS: list[Record] = []
@@ -143,7 +145,10 @@ def check(case: Case) -> Tensor:
     verdict = judge(case, out, q, k, v, ranges)
     assert verdict.ok, f"{case.label}\n{verdict.message}\n{smallest_repro(case)}"
     launch = case.launch or triton_fwd.launch_config(q, k, v, ranges, **hints(case, ranges))
-    RECORDS.append(Record(case, verdict, os.environ.get("PYTEST_CURRENT_TEST", ""), str(launch)))
+    dtype = str(case.dtype).removeprefix("torch.")
+    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {launch}"
+    figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
+    RECORDS.append(Record(dtype, case.label, variant, case.q_factor, *figures))
     return out
 
 
