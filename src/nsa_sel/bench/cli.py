@@ -22,6 +22,7 @@ from nsa_sel.config import ConfigError, SelConfig
 VERBS = {
     "compare": ("nsa_sel.bench.regress", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
     "report": ("nsa_sel.bench.report", "tables and pictures from saved runs"),
+    "tune": ("nsa_sel.bench.sweep", "which tiles, splits and warps are fastest here; writes the table that is used"),
     "threshold": ("nsa_sel.bench.thresholds", "the length L from which Triton is safe to switch on here"),
 }
 EXAMPLE_LENGTHS = (16, 64, 256, 1024)

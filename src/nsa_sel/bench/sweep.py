@@ -1,0 +1,195 @@
+"""Find the fastest launch for each class of calls on this GPU, and write the table that the run time reads.
+
+Every launch that can run is compiled on all cores, checked against the oracle and timed for a few rounds; the best are
+timed again with variations around them, and the finalists once more, in turns. After an interruption the same command
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from nsa_sel import tuned_table
+from nsa_sel.bench import cases, decision, runs, sweep_compile, sweep_table
+from nsa_sel.bench.cases import Case
+from nsa_sel.bench.machine import environment
+from nsa_sel.bench.sweep_log import Log, Progress
+from nsa_sel.bench.sweep_run import Bench, Compile, DeviceLost, Sweep, SweepError
+from nsa_sel.bench.sweep_space import Gpu
+from nsa_sel.bench.sweep_table import Result
+
+HOT_ROWS = 1024  # N of the default cases
+
+
+def write(
+    results: Sequence[Result], sweep: Sweep, table: Path, folder: Path, measured: Mapping[str, str]
+) -> list[Path]:
+    """Write tune.csv and tune.md with the finalists of every class, and the tuned table if it has an entry."""
+    heading = f"Tuned launches of {sweep.gpu.name}, {measured['date']}"
+    notes = [", ".join(f"{name} {value}" for name, value in measured.items() if name != "date")]
+    notes += [f"- left out {n}: {reason}" for reason, n in sweep.removed.most_common()]
+    notes += [f"- not measured: {case.id}: {reason}" for case, reason in sweep.skipped.items()]
+    texts = {
+        folder / "tune.csv": sweep_table.as_csv(sweep_table.rows(results)),
+        folder / "tune.md": sweep_table.as_markdown(heading, results, sweep.log.errors(), notes),
+    }
+    tuned = sweep_table.merged(table, sweep.gpu.name, measured, results)
+    if tuned.entries:
+        texts[table] = tuned.as_json()
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        decision.replace_file(path, text)
+    return list(texts)
+
+
+def default_folder(gpu: str) -> Path:
+    """Return where a table goes that is written without --out: where the run time finds it, and can be written to."""
+    local, packaged = tuned_table.LOCAL, tuned_table.PACKAGED
+    if (local / tuned_table.file_name(gpu)).exists():  # it is read before the packaged one
+        return local
+    return packaged if os.access(packaged if packaged.exists() else packaged.parent, os.W_OK) else local
+
+
+def select(args: argparse.Namespace) -> list[Case]:
+    """Return the cases that the arguments name.
+
+    Raises: ValueError for an unknown family, or if none is left.
+    """
+    given = bool(args.matrix or args.family or args.k)
+    chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
+    chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
+    if not chosen:
+        raise ValueError("no case of the matrix has all of these in its id: " + ", ".join(args.k))
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nsa-sel tune", description=__doc__)
+    parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
+    parser.add_argument("--family", metavar="NAMES", help=f"only these, with commas: {', '.join(cases.FAMILIES)}")
+    parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of the cases; the table serves both")
+    parser.add_argument("--exhaustive", action="store_true", help="every chunk of D and Dv in the first round too")
+    parser.add_argument("--top", type=int, default=4, metavar="K", help="finalists of each class (default: 4)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE|DIR",
+        help="the tuned table (default: tuned/ of this installation, if it can be written to, else"
+        f" {tuned_table.LOCAL}/ here: the two places where the run time looks)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="tune.csv, tune.md and what an interrupted sweep has measured (default: bench/results/<GPU>)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nsa-sel tune`: 0, 1 if it cannot tune here, 2 for bad arguments, 130 if it was interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.top < 2:
+        parser.error(f"--top: value is {args.top}, expected at least 2")
+    try:
+        chosen = select(args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        from nsa_sel.bench import sweep_gpu
+    except ImportError as error:
+        return _refuse(f"Triton cannot be imported: {error}")
+    gpu = sweep_gpu.find()
+    if isinstance(gpu, str):
+        return _refuse(gpu)
+    try:
+        return tune(args, chosen, gpu, sweep_gpu.GpuBench())
+    except DeviceLost as error:
+        print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
+        print("A new process goes on without it.", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "nsa_sel", "tune", *argv])
+    except KeyboardInterrupt:
+        print("\nnsa-sel tune: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (SweepError, OSError) as error:
+        return _refuse(str(error))
+
+
+def tune(
+    args: argparse.Namespace,
+    chosen: Sequence[Case],
+    gpu: Gpu,
+    bench: Bench,
+    compile_all: Compile = sweep_compile.compile_all,
+    progress: Progress | None = None,
+) -> int:
+    """Sweep, write the results, and return 0, or 1 if there is nothing for a table."""
+    machine = {name: value for name, value in environment().items() if name != "calibration"}
+    out = args.out or default_folder(gpu.name)
+    table = out if out.suffix == ".json" else out / tuned_table.file_name(gpu.name)
+    folder = args.results or Path("bench/results") / runs.slug(gpu.name)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Log(folder / "tune.jsonl", {**machine, "gpu": gpu.name})) as log:
+        sweep = Sweep(
+            chosen,
+            gpu,
+            bench,
+            log,
+            progress or Progress(),
+            compile_all,
+            every_chunk=args.exhaustive,
+            top=args.top,
+        )
+        for line in sweep.plan():
+            print(line, flush=True)
+        results = sweep.run()
+        measured = {name: str(machine[name]) for name in ("torch", "triton", "driver", "cuda")}
+        measured["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        written = write(results, sweep, table, folder, measured)
+        log.finish()
+    for line in summary(results, sweep):
+        print(line)
+    for path in written:
+        print(path)
+    tuned_table.forget()
+    if table not in written:
+        print("No class has a launch to tune: no table.")
+        return 1
+    if table.parent.resolve() not in (tuned_table.LOCAL.resolve(), tuned_table.PACKAGED.resolve()):
+        print(f"The run time reads it once it lies in {tuned_table.LOCAL}/ of the working directory.")
+    return 0
+
+
+def summary(results: Sequence[Result], sweep: Sweep) -> Iterator[str]:
+    """Yield a line for each class, and one for what failed or was skipped."""
+    for result in results:
+        winner = result.winner
+        if winner is None:
+            yield f"{result.key}: no entry, the model decides"
+        else:
+            us = sweep_table.geomean(winner.us.values())
+            yield f"{result.key}: {winner.launch}, {us:.1f} µs, {result.gain(winner):.2f}x untuned"
+    for case, reason in sweep.skipped.items():
+        yield f"not measured: {case.id}: {reason}"
+    if sweep.late:
+        yield f"{sweep.late} kernels were compiled only when they were timed, which takes long but changes no figure"
+    if failed := len(sweep.log.errors()):
+        yield f"{failed} of the timings failed; tune.md lists them with their errors"
+
+
+def _refuse(reason: str) -> int:
+    print(f"nsa-sel tune: nothing can be tuned here: {reason}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Which launches a sweep tries for a case, and which it leaves out and why. Pure Python.
+
+Source: issue 5, "nsa-sel tune".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from nsa_sel import tuning
+from nsa_sel.bench.cases import Case
+from nsa_sel.bench.inputs import ragged_lengths
+from nsa_sel.tuned_table import Key
+from nsa_sel.tuning import LaunchConfig, chunk_width, next_power_of_2
+
+LOADS = tuple(dict.fromkeys(config.load for config in tuning.candidate_configs(8, 128, 128)))
+WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
+BLOCK_L = (16, 32, 64, 128, 256)
+CHUNKS = (32, 64, 128)  # BLOCK_D and BLOCK_DV
+WARPS = (1, 2, 4, 8)
+STAGES = (1, 2, 3)
+SPLITS = (1, 2, 4, 8, 16, 32, 64)
+MORE_STAGES = 4  # tried around the best
+MAX_REGISTERS = (96, 144, 168, 216)  # likewise
+REGISTERS = 280  # a thread has 255; the estimate is that rough
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Hold what decides which launches can run. shared_bytes: what a program may use."""
+
+    name: str
+    sm_count: int
+    shared_bytes: int
+    has_tma: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Name one kernel to compile: all that it is specialised on in a sweep. n_spans: the most that it can take."""
+
+    dtype: str
+    H: int
+    D: int
+    Dv: int
+    n_spans: int
+    launch: LaunchConfig
+
+
+def variant(case: Case, launch: LaunchConfig) -> Variant:
+    """Return the kernel that a case needs for a launch; the same for launches that it is not compiled apart for."""
+    n_spans = next(n for n in tuning.SPAN_BUCKETS if case.n_spans <= n)
+    halves = replace(launch, splits=min(launch.splits, 2))
+    same = halves.constants(case.H, n_spans) == launch.constants(case.H, n_spans)
+    return Variant(case.dtype, case.H, case.D, case.Dv, n_spans, halves if same else launch)
+
+
+def key(case: Case, gpu: Gpu) -> Key:
+    """Return the key under which the run time looks a case's call up."""
+    return Key.of(
+        N=case.N,
+        H=case.H,
+        D=case.D,
+        Dv=case.Dv,
+        n_spans=case.n_spans,
+        max_len=longest_row(case),
+        shared_kv=case.S > 1,
+        element_bytes=ELEMENT_BYTES[case.dtype],
+        sm_count=gpu.sm_count,
+    )
+
+
+def longest_row(case: Case) -> int:
+    """Return the tokens of the case's longest row, which is what it passes as max_len."""
+    return max(ragged_lengths(case)) if case.family == "ragged" else case.L
+
+
+def longest_span(case: Case) -> int:
+    """Return the most tokens that a span of the case may have."""
+    if case.block:
+        return case.block
+    return case.L // case.n_spans if case.layout == "many" else longest_row(case)
+
+
+def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
+    """Yield the launches of the first round: the widest chunks of D and Dv that waste nothing, or every chunk."""
+    chunks = [(chunk_width(D), chunk_width(Dv))]
+    if every_chunk:
+        chunks = list(dict.fromkeys([*chunks, *itertools.product(CHUNKS, CHUNKS)]))
+    for load, block_l, (block_d, block_dv), warps, stages, splits in itertools.product(
+        LOADS, BLOCK_L, chunks, WARPS, STAGES, SPLITS
+    ):
+        yield LaunchConfig(load, block_l, block_d, block_dv, warps, stages, splits)
+
+
+def around(launch: LaunchConfig) -> Iterator[LaunchConfig]:
+    """Yield the launches that differ from a good one by narrower chunks, one stage more, or a limit on registers."""
+    for block_d, block_dv in itertools.product(CHUNKS, CHUNKS):
+        yield replace(launch, block_d=block_d, block_dv=block_dv)
+    yield replace(launch, num_stages=MORE_STAGES)
+    for registers in MAX_REGISTERS:
+        if registers * 32 * launch.num_warps <= 65_536:
+            yield replace(launch, max_registers=registers)
+
+
+def unfit(launch: LaunchConfig, case: Case, gpu: Gpu) -> str | None:
+    """Say why a launch cannot run a case on a GPU, or only as another launch's worse twin; None: it is worth timing."""
+    return next((reason for reason, applies in RULES.items() if applies(launch, case, gpu)), None)
+
+
+def registers(launch: LaunchConfig, case: Case) -> int:
+    """Estimate a thread's registers: result, q, scores in fp32 and rounded, a 64-bit address for each 16 bytes loaded.
+
+    Against the compiler's own figures for sm_90, H=8, D=Dv=128: it spills from an estimate of about 270 on.
+    """
+    block_h = max(16, next_power_of_2(case.H))
+    size = ELEMENT_BYTES[case.dtype]
+    width_d, width_dv = _padded(case.D, launch.block_d), _padded(case.Dv, launch.block_dv)
+    result = block_h * width_dv
+    scores = block_h * launch.block_l * (4 + size) // 4
+    addresses = 0 if launch.load in WHOLE_LOADS else 2 * launch.block_l * (width_d + width_dv) * size // 16
+    q = 16 * width_d * size // 4 // 32  # warps divide the tokens, each needs the q of its 16 heads
+    return q + (result + scores + addresses) // (32 * launch.num_warps)
+
+
+def _padded(width: int, block: int) -> int:
+    return -(-width // block) * block
+
+
+def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
+    size = ELEMENT_BYTES[case.dtype]
+    return tuning.shared_memory(launch, case.H, case.D, case.Dv, size) > gpu.shared_bytes
+
+
+def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
+    """Tell whether a sixteenth of the multiprocessors would have a program, though the row could be split further."""
+    return 16 * case.N * launch.splits < gpu.sm_count and longest_row(case) >= 2 * launch.splits * launch.block_l
+
+
+Rule = Callable[[LaunchConfig, Case, Gpu], bool]
+# The first that applies is the one that is counted.
+RULES: dict[str, Rule] = {
+    f"more than {tuning.MAX_CHUNKS} chunks of D or Dv": lambda c, case, gpu: (
+        max(-(-case.D // c.block_d), -(-case.Dv // c.block_dv)) > tuning.MAX_CHUNKS
+    ),
+    "chunks at least twice as wide as D or Dv": lambda c, case, gpu: (
+        c.block_d >= 2 * case.D or c.block_dv >= 2 * case.Dv
+    ),
+    "no TMA on this GPU": lambda c, case, gpu: c.load == "tma" and not gpu.has_tma,
+    "more shared memory than a program may use": _too_much_shared,
+    "more registers than a thread has": lambda c, case, gpu: registers(c, case) > REGISTERS,
+    "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
+        c.load in WHOLE_LOADS and c.block_l > longest_span(case)
+    ),
+    "tiles more than twice as long as a row (or, span by span, a span)": lambda c, case, gpu: (
+        c.block_l > max(16, 2 * (longest_span(case) if c.load == "span" else longest_row(case)))
+    ),
+    "more splits than tiles or spans": lambda c, case, gpu: (
+        c.splits > 1 and (longest_row(case) < c.splits * c.block_l or (c.load == "span" and c.splits > case.n_spans))
+    ),
+    "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
+        c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
+    ),
+    "too few splits to fill a sixteenth of the GPU": _idle,
+}
