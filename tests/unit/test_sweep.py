@@ -1,4 +1,4 @@
-"""A sweep from end to end without a GPU: what it does, what is never chosen, what an interruption costs, the command."""
+"""A sweep from end to end without a GPU: what wins, what is never chosen, what an interruption costs, the command."""
 
 import csv
 import io
