@@ -1,5 +1,5 @@
 # `make test` on a fresh clone sets up .venv and tests. `make test PY=python3` uses that interpreter and installs nothing.
-.PHONY: test parity perf bench tune decide lint
+.PHONY: test parity perf bench aot tune decide lint
 .DEFAULT_GOAL := test
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
@@ -31,6 +31,9 @@ bench: $(INSTALLED)
 	$(MAKE) --no-print-directory parity perf; status=$$?; \
 	echo 'Files written:'; find .benchmarks bench/results -type f -newer $$marker 2>/dev/null; \
 	rm $$marker; exit $$status
+
+aot: $(INSTALLED) ## thousands of kernels: an hour or more on two cores, nothing of a GPU is needed
+	$(PY) -m nsa_sel.bench.aot
 
 tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shape; see nsa-sel tune --help
 	$(PY) -m nsa_sel tune $(TUNE)

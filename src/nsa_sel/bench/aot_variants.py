@@ -1,0 +1,184 @@
+"""Which kernels the launcher can choose on which architecture; pure Python."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import cache
+
+from nsa_sel import tuning
+from nsa_sel.bench import cases
+from nsa_sel.tuning import LaunchConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `tuning.choose` learns from a GPU. sm_counts: of a small and of a large GPU of this architecture."""
+
+    shared_bytes: int
+    sm_counts: tuple[int, int]
+    has_tma: bool
+
+
+# Shared memory that one block may use: CUDA programming guide, technical specifications by compute capability.
+ARCHITECTURES = {
+    80: Architecture(163 * 1024, (56, 108), False),  # A30, A100
+    86: Architecture(99 * 1024, (20, 84), False),  # RTX 3050, RTX 3090 Ti
+    89: Architecture(99 * 1024, (58, 128), False),  # L4, RTX 4090
+    90: Architecture(227 * 1024, (114, 132), True),  # H100 PCIe, H200
+    100: Architecture(227 * 1024, (132, 148), True),  # B100, B200
+    120: Architecture(99 * 1024, (30, 188), True),  # RTX 5060, RTX PRO 6000
+}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# What the kernel is compiled for besides shape and launch: an LSE asked for, int64 ranges, tokens that int32 cannot
+# count, and rows at odd addresses.
+TENSORS = ("plain", "lse", "int64 ranges", "many tokens", "odd strides")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The arguments of `tuning.choose` that come from the tensors."""
+
+    N: int
+    H: int
+    D: int
+    Dv: int
+    n_spans: int
+    max_len: int
+    shared_kv: bool = False
+
+
+# One of each kind of call, for the sample; the widths and heads are the corners.
+SAMPLE = (
+    Shape(1024, 8, 128, 128, 8, 512),  # many rows
+    Shape(64, 4, 64, 64, 1, 16),  # short ones
+    Shape(256, 8, 128, 128, 1, 1024),  # one long span each
+    Shape(4, 16, 128, 128, 16, 1024),  # decode
+    Shape(4, 16, 128, 128, 1024, 65_536),  # its longest context
+    Shape(16_384, 16, 192, 128, 16, 1024, shared_kv=True),  # prefill, NSA's own widths
+    Shape(1024, 64, 256, 256, 8, 1024),
+    Shape(256, 1, 16, 80, 64, 256),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile. tensors: one of TENSORS. in_matrix: chosen for a case of the perf matrix."""
+
+    arch: int
+    dtype: str
+    H: int
+    D: int
+    Dv: int
+    n_spans: int
+    config: LaunchConfig
+    tensors: str = "plain"
+    in_matrix: bool = field(default=False, compare=False)  # the same kernel, whoever needs it
+
+    def __str__(self) -> str:
+        shape = f"H{self.H} D{self.D} Dv{self.Dv} spans{self.n_spans}"
+        other = "" if self.tensors == "plain" else f" ({self.tensors})"
+        return f"sm_{self.arch} {self.dtype} {shape} {self.config}{other}"
+
+
+def chosen(arch: int, dtype: str, shape: Shape, sm_count: int, tensors: str = "plain") -> Variant:
+    """Return the variant that the launcher takes for a shape on a GPU of an architecture."""
+    gpu = ARCHITECTURES[arch]
+    config = tuning.choose(
+        **vars(shape),
+        element_bytes=ELEMENT_BYTES[dtype],
+        sm_count=sm_count,
+        shared_bytes=gpu.shared_bytes,
+        has_tma=gpu.has_tma and tensors != "odd strides",
+    )
+    config = replace(config, splits=min(config.splits, 2))  # one part or several: their number is a run-time argument
+    bucket = next(n for n in tuning.SPAN_BUCKETS if shape.n_spans <= n)  # the kernel is compiled for all of its spans
+    in_matrix = tensors == "plain" and dtype in cases.DTYPES and shape in _matrix()
+    return Variant(arch, dtype, shape.H, shape.D, shape.Dv, bucket, config, tensors, in_matrix)
+
+
+@cache
+def _matrix() -> frozenset[Shape]:
+    """Return every shape of the perf matrix: in place, and its rows packed."""
+    shapes = set()
+    for case in cases.matrix("full"):
+        longest = 3 * case.L if case.family == "ragged" else case.L  # of a ragged case L is the mean
+        shapes.add(Shape(case.N, case.H, case.D, case.Dv, case.n_spans, longest, shared_kv=case.S > 1))
+        shapes.add(Shape(case.N, case.H, case.D, case.Dv, 1, longest))
+    return frozenset(shapes)
+
+
+def sample() -> list[Variant]:
+    """Return the launches for SAMPLE on every architecture: bf16 plain, fp16 with all of TENSORS in turn, one fp32."""
+    variants = []
+    for turn, (arch, gpu) in enumerate(ARCHITECTURES.items()):
+        for i, shape in enumerate(SAMPLE):
+            variants.append(chosen(arch, "bf16", shape, gpu.sm_counts[1]))
+            variants.append(chosen(arch, "fp16", shape, gpu.sm_counts[1], TENSORS[(i + turn) % len(TENSORS)]))
+        variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu.sm_counts[1]))
+    return list(dict.fromkeys(variants))
+
+
+def every_variant() -> list[Variant]:
+    """Return every launch of the perf matrix, and of all other shapes enough to see every two choices together.
+
+    Their product is some 300,000 kernels; what matters about each is its tile, its heads, its widths and its spans (see
+    `_traits`), and each value of one is compiled with each value of every other that `tuning.choose` combines it with.
+    """
+    variants = []
+    for arch, dtype in itertools.product(ARCHITECTURES, ELEMENT_BYTES):
+        in_order = sorted(_matrix(), key=astuple) if dtype in cases.DTYPES else ()
+        sm_counts = ARCHITECTURES[arch].sm_counts
+        variants += [chosen(arch, dtype, shape, sm_count) for shape in in_order for sm_count in sm_counts]
+        others = dict.fromkeys(chosen(arch, dtype, shape, sm_counts[1]) for shape in _all_shapes())
+        variants += _each_pair(list(others))
+        for shape, tensors in itertools.product(SAMPLE, TENSORS[1:]):
+            variants.append(chosen(arch, dtype, shape, sm_counts[1], tensors))
+    return list(dict.fromkeys(variants))
+
+
+def _all_shapes() -> list[Shape]:
+    """Return shapes on both sides of every border that `tuning.choose` may draw."""
+    widths = {_chunks(width): width for width in range(16, tuning.MAX_WIDTH + 1, 16)}.values()  # the widest of a kind
+    rows = (1, 4, 16, 64, 256, 1024)
+    heads = (1, 16, 17, 64)
+    spans = (2, *tuning.SPAN_BUCKETS)
+    lengths = (16, 32, 64, 128, 256, 512, 1024, 65_536)
+    return [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, (False, True))]
+
+
+def _chunks(width: int) -> tuple[int, int]:
+    """Return the width of the chunks that D or Dv is cut into, and how many there are."""
+    block = tuning.chunk_width(width)
+    return block, -(-width // block)
+
+
+def _each_pair(variants: Sequence[Variant]) -> list[Variant]:
+    """Pick variants that show every two traits which occur together, and for each tile the most shared memory."""
+    picked: list[Variant] = []
+    seen: set[tuple] = set()
+    hungriest: dict[tuple, tuple[int, Variant]] = {}
+    pairs = [frozenset(itertools.combinations(_traits(variant), 2)) for variant in variants]
+    for wanted in (10, 6, 4, 3, 2, 1):  # those that show many new pairs first, so that few are needed
+        for variant, shown in zip(variants, pairs, strict=True):
+            if len(shown - seen) >= wanted:
+                seen |= shown
+                picked.append(variant)
+    for variant in variants:
+        tile = _traits(variant)[0]
+        used = tuning.shared_memory(variant.config, variant.H, variant.D, variant.Dv, ELEMENT_BYTES[variant.dtype])
+        if tile not in hungriest or used > hungriest[tile][0]:
+            hungriest[tile] = used, variant
+    return picked + [variant for _, variant in hungriest.values()]
+
+
+def _traits(variant: Variant) -> tuple[tuple[str, object], ...]:
+    c = variant.config
+    return (
+        ("tile", (c.load, c.block_l, c.num_warps, c.num_stages, c.splits, c.max_registers)),
+        ("heads", variant.H),
+        ("D", _chunks(variant.D)),
+        ("Dv", _chunks(variant.Dv)),
+        ("spans", variant.n_spans),
+    )
