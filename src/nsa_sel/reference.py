@@ -8,6 +8,8 @@ Source: NSA (arXiv 2502.11089), section 3.3.2.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +71,7 @@ def packed_sdpa(
         return _zeros(q, k, v)
     ragged = min_len != max_len
     index, valid = spans.token_index(ranges, S_kv, max_len, ragged=ragged)
-    q_rows = q.transpose(1, 2).reshape(B * G * S, H, D)
+    q_rows = _aligned(q.transpose(1, 2).reshape(B * G * S, H, D))
     k_rows = _gather(k, index).view(B * G * S, max_len, D)
     v_rows = _gather(v, index).view(B * G * S, max_len, Dv)
     mask = valid.transpose(1, 2).reshape(B * G * S, max_len) if ragged else None
@@ -98,14 +100,14 @@ def sdpa_rows(
 ) -> Tensor:
     """Call SDPA on packed rows: q [N, H, D], k [N, L, D], v [N, L, Dv] → [N, H, Dv].
 
-    `valid` bool [N, L] masks padding; None: no padding, hence no mask, and flash attention may serve the call. A row with
-    no real token gives zeros; `may_be_empty=False` promises that there is none.
+    `valid` bool [N, L] masks padding; None: no padding, hence no mask, and flash attention may serve the call. A row
+    with no real token gives zeros; `may_be_empty=False` promises that there is none.
     """
     if q.shape[0] > MAX_SDPA_BATCH:
         parts = [slice(at, at + MAX_SDPA_BATCH) for at in range(0, q.shape[0], MAX_SDPA_BATCH)]
         masks = [None if valid is None else valid[p] for p in parts]
-        options = {"scale": scale, "may_be_empty": may_be_empty}
-        return torch.cat([sdpa_rows(q[p], k[p], v[p], m, **options) for p, m in zip(parts, masks, strict=True)])
+        call = functools.partial(sdpa_rows, scale=scale, may_be_empty=may_be_empty)
+        return torch.cat([call(q[p], k[p], v[p], m) for p, m in zip(parts, masks, strict=True)])
     if valid is None or not may_be_empty:
         mask = None if valid is None else valid[:, None, None]
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)[:, 0]
@@ -133,9 +135,16 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, scale: float
     bias = torch.where(empty[..., None], 0.0, count.float().log())  # [B, S, G, S_kv], -inf where not selected
     bias = bias.transpose(1, 2)[:, :, :, None].expand(B, G, S, H, S_kv).reshape(B, G, S * H, S_kv)
     heads = q.float().transpose(1, 2).reshape(B, G, S * H, D)
-    out = F.scaled_dot_product_attention(heads, k.float(), v.float(), attn_mask=bias, scale=scale)
+    heads, k, v = _aligned(heads), _aligned(k.float()), _aligned(v.float())
+    out = F.scaled_dot_product_attention(heads, k, v, attn_mask=bias, scale=scale)
     out = out.view(B, G, S, H, Dv).transpose(1, 2)
     return torch.where(empty[..., None, None], 0.0, out).to(q.dtype)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, copied if its strides or its pointer are such that SDPA's masked kernel refuses it."""
+    x = x.contiguous()
+    return x if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import kernels, tuning
+from . import kernels, tuned_table, tuning
 from .tuning import LaunchConfig
 
 try:
@@ -71,19 +71,16 @@ def launch_config(
     """Return the launch that `forward` uses for these tensors. min_len has no influence: the kernel does not pad."""
     B, S, G, H, D = q.shape
     sm_count, shared_bytes, has_tma = _device_facts(q.device)
-    return tuning.choose(
-        N=B * S * G,
-        H=H,
-        D=D,
-        Dv=v.shape[3],
-        n_spans=ranges.shape[3],
-        max_len=k.shape[2] if max_len is None else max_len,
-        shared_kv=S > 1,
-        element_bytes=q.element_size(),
-        sm_count=sm_count,
-        shared_bytes=shared_bytes,
-        has_tma=has_tma and _tma_fits(k) and _tma_fits(v),
-    )
+    call: dict[str, Any] = {
+        "N": B * S * G, "H": H, "D": D, "Dv": v.shape[3], "n_spans": ranges.shape[3], "shared_kv": S > 1,
+        "element_bytes": q.element_size(), "sm_count": sm_count,
+        "has_tma": has_tma and _tma_fits(k) and _tma_fits(v),
+    }  # fmt: skip
+    if q.device.type == "cuda":
+        tuned = tuned_table.lookup(torch.cuda.get_device_name(q.device), max_len=max_len, **call)
+        if tuned is not None:
+            return tuned
+    return tuning.choose(max_len=k.shape[2] if max_len is None else max_len, shared_bytes=shared_bytes, **call)
 
 
 def call_key(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple:

@@ -13,7 +13,7 @@ MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
 MAX_SPLITS = 64  # one program merges them all
 MERGE_UNROLL = 8  # parts that the merge loads together
-REST_L, REST_STAGES = 16, 2  # tile and stages of what whole tiles leave over
+REST_L, REST_STAGES = 16, 2  # of the loop over what whole tiles leave, in a program of one warp
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class LaunchConfig:
         block_h = max(16, next_power_of_2(H))
         # A round of the merge holds MERGE_UNROLL x block_h x block_m values in 128 registers of each thread.
         block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (MERGE_UNROLL * block_h)))
-        rest = (self.block_l, self.num_stages) if self.load in ("gather", "span") else (REST_L, REST_STAGES)
+        # One warp that holds a whole tile has no registers left for a second loop of that size.
+        narrow = self.num_warps == 1 and self.load in ("whole", "tma")
+        rest = (REST_L, REST_STAGES) if narrow else (self.block_l, self.num_stages)
         block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
             block_h,
@@ -125,19 +127,24 @@ def choose(
         return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
     if max_len <= 32:
         return config("gather", 32, 2, 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
-    if rows_per_sm >= 4 and n_spans > 1 and mean_span < 64:
+    # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
+    whole = has_tma and mean_span >= 64 and (n_spans == 1 or n_spans > 8)
+    if rows_per_sm >= 4 and not whole:
         return config("gather", 16, 1, 3)
-    if D + Dv <= 128:
-        if max_len >= 512 or rows_per_sm < 1:
-            return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, _splits(N, max_len, sm_count))
-        return config("gather", 16, 1, 3) if rows_per_sm >= 4 and max_len <= 128 else config("gather", 64, 2, 2)
     if rows_per_sm >= 4 and max_len <= 256:
-        return config("gather", 64, 4, 2)
-    if has_tma and mean_span >= 64 and max_len > 64:
-        return config("tma", 64, 4, 2 if rows_per_sm >= 1 and max_len <= 256 else 3, _splits(N, max_len, sm_count))
+        return config("gather", 64, 4, 2) if D + Dv > 192 else config("gather", 16, 1, 3)
+    splits = _splits(N, max_len, sm_count)
+    if D + Dv <= 128:
+        if max_len <= 64:
+            return config("gather", 64, 2, 2)
+        if max_len <= 256 and rows_per_sm >= 1:
+            return config("gather", 128, 4, 2) if max_len <= 128 else config("gather", 64, 2, 3)
+        return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, splits)
+    if whole and max_len > 64:
+        return config("tma", 64, 4, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
     if rows_per_sm < 1 and max_len >= 128:
-        return config("gather", 128, 4, 3, _splits(N, max_len, sm_count))
-    return config("gather", 64, 4, 2 if max_len <= 64 else 3, _splits(N, max_len, sm_count))
+        return config("gather", 128, 4, 3, splits)
+    return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
 
 
 def _splits(N: int, max_len: int, sm_count: int) -> int:

@@ -19,7 +19,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU means 
 
 def run(environment: dict[str, str], *options: str) -> str:
     names = ("NSA_TEST_TRITON_SEL", "TRITON_INTERPRET")
-    env = {name: value for name, value in os.environ.items() if name not in names}
+    env = {name: value for name, value in os.environ.items() if name not in names and "XDIST" not in name}
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", ONE_TEST, *options]
     done = subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
