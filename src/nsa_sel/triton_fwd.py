@@ -229,6 +229,7 @@ def _direct_launch(compiled: Any, values: tuple, tma: bool) -> tuple | None:
 
     Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes
     and strides are not specialised, and everything else is part of the plan. None: launch through the public interface.
+    Triton's launch hooks do not see such a launch.
     """
     run = compiled.run
     if run.global_scratch_size or run.profile_scratch_size:
