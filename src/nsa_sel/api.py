@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference, routing, spans
 from .config import SelConfig, config_for_call, get_config
-from .routing import Route
+from .routing import KernelFailed, Route
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _plans: dict[
     tuple, Any
 ] = {}  # calls that were checked and routed to Triton, with the toggles that held: see triton_fwd
+_failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
 
 def selection_attention(
@@ -49,7 +51,9 @@ def selection_attention(
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a toggle.
-        UnsupportedError: the backend asked for by name cannot run this call, and why.
+        UnsupportedError: the backend asked for by name cannot run this call, and why. A kernel that cannot be compiled
+            or started is such a reason; "auto" warns of it once (RuntimeWarning) and takes its fallback.
+        torch.cuda.OutOfMemoryError: packing needs more memory than there is; the message names the size.
     Source: NSA (arXiv 2502.11089), section 3.3.2.
     """
     if torch.compiler.is_compiling():
@@ -70,7 +74,12 @@ def selection_attention(
     if key is not None:
         known = _plans.get(key)
         if known is not None and known[0] is get_config():
-            return known[1].run(q, k, v, ranges, None, None)
+            try:
+                return known[1].run(q, k, v, ranges, None, None)
+            except KernelFailed:  # other pointers, another alignment, another kernel
+                if backend != "auto":
+                    raise
+                _plans.pop(key, None)
 
     config = config_for_call(config)
     _check(q, k, v, ranges, min_len, max_len)
@@ -82,15 +91,15 @@ def selection_attention(
         min_len, max_len = reference.length_bounds(ranges, k.shape[2])
     chosen = _route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
-        from . import triton_fwd
-
-        if return_lse:
-            lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-            return triton_fwd.forward(q, k, v, ranges, scale=scale, max_len=max_len, lse=lse), lse
-        plan = triton_fwd.Plan(q, k, v, ranges, scale, max_len)
-        if key is not None and (hinted or backend == "triton"):
-            triton_fwd.remember(_plans, key, (config, plan))
-        return plan.run(q, k, v, ranges, None, None)
+        try:
+            plan_key = key if hinted or backend == "triton" else None
+            return _triton(q, k, v, ranges, scale, max_len, return_lse, config, plan_key)
+        except KernelFailed as error:
+            if backend != "auto":
+                raise
+            _failures[_kind(q, v)] = str(error)
+            chosen = routing.fallback(config)
+            warnings.warn(f"nsa_sel: {chosen} runs in place of Triton: {error}", RuntimeWarning, stacklevel=2)
     if return_lse:
         raise routing.UnsupportedError(
             f"return_lse: value is True, expected False with {chosen}, which does not compute it"
@@ -99,7 +108,46 @@ def selection_attention(
     with sdpa_kernel(backends) if config.force_parity else contextlib.nullcontext():
         if chosen == "masked_sdpa":
             return reference.masked_sdpa(q, k, v, ranges, scale=scale)
-        return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+        try:
+            return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(f"{_packing_size(q, k, v, ranges, max_len)}. {error}") from error
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    scale: float | None,
+    max_len: int | None,
+    return_lse: bool,
+    config: SelConfig,
+    key: tuple | None,
+) -> Any:
+    """Run the kernel; key: remember the plan under it once it has run."""
+    from . import triton_fwd
+
+    if return_lse:
+        lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
+        return triton_fwd.forward(q, k, v, ranges, scale=scale, max_len=max_len, lse=lse), lse
+    plan = triton_fwd.Plan(q, k, v, ranges, scale, max_len)
+    out = plan.run(q, k, v, ranges, None, None)
+    if key is not None:
+        triton_fwd.remember(_plans, key, (config, plan))
+    return out
+
+
+def _kind(q: Tensor, v: Tensor) -> tuple:
+    return q.device, q.dtype, q.shape[3:], v.shape[3]
+
+
+def _packing_size(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, max_len: int | None) -> str:
+    N = q.shape[0] * q.shape[1] * q.shape[2]
+    L = reference.length_bounds(ranges, k.shape[2])[1] if max_len is None else max_len
+    size = N * L * (q.shape[4] + v.shape[3]) * q.element_size()
+    index = N * L * 8
+    return f"packed_sdpa: packing {N} rows of {L} tokens takes {size / 1e9:.2f} GB, their index {index / 1e9:.2f} GB"
 
 
 def choose_route(
@@ -125,13 +173,18 @@ def _route(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, backend: str, config: SelConfig, max_len: int | None
 ) -> Route:
     on_gpu = q.device.type == "cuda"
+    unsupported = None
+    if backend == "triton" or (backend == "auto" and on_gpu):
+        unsupported = _unsupported(q, k, v, ranges)
+    if backend == "auto" and on_gpu:
+        unsupported = unsupported or _failures.get(_kind(q, v))
     return routing.decide(
         backend,
         config=config,
         gpu_name=torch.cuda.get_device_name(q.device) if on_gpu else None,
         max_len=(lambda: reference.length_bounds(ranges, k.shape[2])[1]) if max_len is None else max_len,
         needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        unsupported=_unsupported(q, k, v, ranges) if backend == "triton" or (backend == "auto" and on_gpu) else None,
+        unsupported=unsupported,
     )
 
 

@@ -17,6 +17,10 @@ class UnsupportedError(RuntimeError):
     """Report that a backend that was asked for by name cannot run this call, and why."""
 
 
+class KernelFailed(UnsupportedError):
+    """Report that the kernel of this call could not be compiled, loaded or started on this machine, and why."""
+
+
 @dataclass(frozen=True)
 class Route:
     """Name the backend that runs a call, and the reason in one sentence."""
@@ -57,18 +61,23 @@ def decide(
     if config.force_parity:
         return Route("packed_sdpa", _kill_switch(config) or "")
 
-    fallback = "packed_sdpa" if config.use_sel_pack else "masked_sdpa"
+    instead = fallback(config)
     obstacle = _switched_off(config) or _no_gradient(needs_grad) or _no_device(gpu_name) or unsupported
     obstacle = obstacle or _not_measured(config, gpu_name)
     if obstacle:
-        return Route(fallback, obstacle)
+        return Route(instead, obstacle)
     threshold = config.min_len_for(gpu_name)
     if threshold is None:
-        return Route(fallback, f"sel_triton_min_L is null (never) for {gpu_name}")
+        return Route(instead, f"sel_triton_min_L is null (never) for {gpu_name}")
     length = max_len() if callable(max_len) else max_len
     if length < threshold:
-        return Route(fallback, f"L={length} is below sel_triton_min_L={threshold}")
+        return Route(instead, f"L={length} is below sel_triton_min_L={threshold}")
     return Route("triton", f"L={length} is at least sel_triton_min_L={threshold}")
+
+
+def fallback(config: SelConfig) -> str:
+    """Return the backend that `"auto"` takes where it does not take Triton, the kill switch apart."""
+    return "packed_sdpa" if config.use_sel_pack else "masked_sdpa"
 
 
 _ASKED = {backend: Route(backend, f"backend={backend!r} was asked for") for backend in BACKENDS if backend != "auto"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from . import kernels, tuned_table, tuning
+from .routing import KernelFailed
 from .tuning import LaunchConfig
 
 try:
@@ -27,6 +29,7 @@ INTERPRETED = kernels.INTERPRETED.value
 LOG2_E = 1.4426950408889634
 # Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
 DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
+CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
 MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
 
 _launches = 0
@@ -110,7 +113,7 @@ def forward(
     rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used, as nothing
     is padded.
 
-    Raises: ValueError if the forced variant cannot run these tensors.
+    Raises: ValueError if the forced variant cannot run these tensors; KernelFailed if it does not compile or start.
     """
     key = (call_key(q, k, v, ranges), scale, max_len, launch)
     plan = _plans.get(key)
@@ -208,9 +211,14 @@ class Plan:
         if self.tma:
             k_desc = _descriptor(k, self.config.block_l, self.config.block_d)
             v_desc = _descriptor(v, self.config.block_l, self.config.block_dv)
-        compiled = kernels._sel_fwd[self.grid](
-            q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values, **self.options
-        )
+        try:
+            compiled = kernels._sel_fwd[self.grid](
+                q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values, **self.options
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler, its cache and the driver raise whatever they like
+            raise KernelFailed(_why_it_failed(self.config, error)) from error
         if DIRECT_LAUNCH and aligned and lse is None:
             self.direct = _direct_launch(compiled, self.values, self.tma)
         return out
@@ -222,6 +230,15 @@ class Plan:
             *describe(_descriptor(v, self.config.block_l, self.config.block_dv), 1),
         )
         return remember(self.descriptors, (k.data_ptr(), v.data_ptr()), made)
+
+
+def _why_it_failed(config: LaunchConfig, error: Exception) -> str:
+    """Say in one line which kernel did not compile, load or start, and where to look."""
+    reason = f"the kernel ({config}) cannot be compiled or started: {type(error).__name__}: {error}"
+    if isinstance(error, CACHE_ERRORS):
+        folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+        reason += f"; compiled kernels are kept in {folder}: clear it, or set TRITON_CACHE_DIR to a folder with room"
+    return " ".join(reason.split())
 
 
 def _direct_launch(compiled: Any, values: tuple, tma: bool) -> tuple | None:
