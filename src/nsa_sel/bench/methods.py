@@ -23,6 +23,7 @@ from nsa_sel.bench import compiled, gate
 from nsa_sel.bench.cases import TRITON_METHODS, Case
 from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
 from nsa_sel.bench.timing import Call, DeviceTimer, WallTimer
+from nsa_sel.routing import KernelFailed
 
 PARITY_ROWS = 64
 # What SDPA itself puts into a mask for cuDNN, which has trouble with -inf; beside a real token its weight is exactly 0.
@@ -204,6 +205,8 @@ def _triton(state: CaseState, core: bool) -> Prepared:
     before = triton_fwd.launch_count()
     try:
         call()
+    except KernelFailed:  # a kernel that does not compile is a failure, not a case to skip
+        raise
     except UnsupportedError as error:  # a toggle forbids it
         raise NotTimed(str(error)) from error
     if triton_fwd.launch_count() == before:
