@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from .runs import Key, Run, RunError
 Remeasure = Callable[[], Mapping[str, Any]]
 remeasure: dict[Key, Remeasure] = {}
 _ASKED = pytest.StashKey[str | bool]()  # True: with the default baseline; a text: with this run
+_INTERRUPTED = pytest.StashKey[bool]()
 _RESULT = pytest.StashKey[regress.Comparison | str]()
-_SKIP_SUMMARY = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
+_SKIP_SUMMARY = (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 
 
 def register_remeasure(case: str, method: str, measure: Remeasure) -> None:
@@ -56,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_ASKED] = baseline or asked
     if hasattr(config.option, "benchmark_compare"):
         config.option.benchmark_compare = []
+    # Said of a benchmark that Ctrl-C met before its first round; as an error it would hide the interruption.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -63,7 +67,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     """Compare, and measure alerts again, before pytest-benchmark saves the run and prints its table."""
     config = session.config
     benchmarks = getattr(config, "_benchmarksession", None)
-    if benchmarks is not None and not hasattr(config, "workerinput") and exitstatus not in _SKIP_SUMMARY:
+    if benchmarks is not None and exitstatus == pytest.ExitCode.INTERRUPTED:
+        config.stash[_INTERRUPTED] = True
+        with contextlib.suppress(RunError):
+            if (partial := _this_run(benchmarks.benchmarks)) is not None:
+                _keep_apart(benchmarks, partial.gpu)
+    elif benchmarks is not None and not hasattr(config, "workerinput") and exitstatus not in _SKIP_SUMMARY:
         try:
             new = _this_run(benchmarks.benchmarks)
             if new is not None:
@@ -175,7 +184,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Mark a run that is saved with confirmed regressions, so that it is no baseline unless it is named."""
+    """Mark a run that is saved with confirmed regressions, or that Ctrl-C cut short: no baseline unless it is named."""
+    if config.stash.get(_INTERRUPTED, False):
+        output_json[runs.MARK] = {"interrupted": True}
     result = config.stash.get(_RESULT, None)
     if isinstance(result, regress.Comparison) and result.regressions:
         slower = [f"{change.case} {change.method}" for change in result.regressions]

@@ -103,6 +103,9 @@ class Comparison:
                 f"environment shift: the SDPA cases take {self.sdpa_ratio:.3f}x of their old time (median);"
                 " Triton cases with an SDPA partner are judged by their speed-up"
             )
+        lines += [
+            f"note: {run.name} was interrupted and lacks cases" for run in (self.old, self.new) if run.interrupted
+        ]
         if self.old.regressions:
             lines.append(f"note: the old run was saved with {len(self.old.regressions)} confirmed regressions")
         return lines

@@ -61,6 +61,7 @@ class Run:
     tick_us: float = 0.0
     datetime: str = ""
     regressions: tuple[str, ...] = ()  # found when it was measured; such a run is no baseline unless named
+    interrupted: bool = False  # it lacks cases; no baseline unless named either
 
     @property
     def gpu(self) -> str:
@@ -162,12 +163,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def notes(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the date and the marked regressions of a saved run, as keyword arguments of Run."""
+    """Return a saved run's date and marks, as keyword arguments of Run."""
     mark = data.get(MARK)
     slow = mark.get("regressions") if isinstance(mark, Mapping) else None
     return {
         "datetime": str(data.get("datetime", "")),
         "regressions": tuple(str(item) for item in slow) if isinstance(slow, list) else (),
+        "interrupted": isinstance(mark, Mapping) and bool(mark.get("interrupted")),
     }
 
 
@@ -226,7 +228,7 @@ def find(spec: str, storage: Path, gpu: str | None = None) -> Path:
 def latest(
     storage: Path, gpu: str | None = None, *, other_than: Path | None = None, clean: bool = False
 ) -> Path | None:
-    """Return the newest run; `clean` leaves out the runs that were saved with confirmed regressions.
+    """Return the newest run; `clean` leaves out those with confirmed regressions and those cut short.
 
     Raises: RunError if a candidate cannot be read.
     """
@@ -235,7 +237,7 @@ def latest(
         if path.parent in newest or path == other_than:
             continue
         about = notes(read_json(path))
-        if not (clean and about["regressions"]):
+        if not (clean and (about["regressions"] or about["interrupted"])):
             newest[path.parent] = (about["datetime"], path)
     return max(newest.values())[1] if newest else None
 
