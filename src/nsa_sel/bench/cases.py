@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
 ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
 RAGGED_RATIO = 16  # longest / shortest row of a `ragged` case
 FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
+PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
 LAYOUTS = ("few", "many", "mixed")
 DTYPES = ("bf16", "fp16")
 MATRICES = ("smoke", "hot", "full")
@@ -16,6 +17,7 @@ MATRICES = ("smoke", "hot", "full")
 OP_METHODS = ("triton", "packed_sdpa", "packed_sdpa_compiled")
 CORE_METHODS = ("triton_core", "sdpa_core")
 TRITON_METHODS = ("triton", "triton_core")
+PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Case:
     family: one of FAMILIES. dtype: "bf16" or "fp16". layout: few (one span; blocks: adjacent), many (8 equal spans;
     blocks: scattered) or mixed (2, 4 or 8 random spans). H, D, Dv: heads of a row, widths. L: selected tokens of a row
     (mean in `ragged`, most in `prefill`). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length where spans
-    are blocks, 0 elsewhere.
+    are blocks, 0 elsewhere. peers: timed beside other people's kernels.
     """
 
     family: str
@@ -40,6 +42,7 @@ class Case:
     G: int = 1
     S_kv: int = ROW_CONTEXT
     block: int = 0
+    peers: bool = False
 
     @property
     def id(self) -> str:
@@ -75,8 +78,9 @@ class Case:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Return the methods in the order in which they are timed."""
-        return tuple(m for m in OP_METHODS + CORE_METHODS if m != "packed_sdpa_compiled" or self.hot)
+        """Return the methods in the order of timing; beside peers, packing comes last: it needs most memory."""
+        ours = tuple(m for m in OP_METHODS + CORE_METHODS if m != "packed_sdpa_compiled" or self.hot)
+        return ("triton", *PEER_METHODS, *(m for m in ours if m.startswith("packed"))) if self.peers else ours
 
 
 def scope(method: str) -> str:
@@ -87,11 +91,13 @@ def scope(method: str) -> str:
 def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Case]:
     """Return the cases of "smoke", "hot" or "full", optionally of one family (or several, separated by commas).
 
+    "peers" counts as a family that is only there when named; its "hot" cases are those of 16 heads, NSA's own number.
+
     Raises:
         ValueError: an unknown matrix, dtype or family.
     """
     families = FAMILIES if family is None else tuple(family.split(","))
-    arguments = (("matrix", (name,), MATRICES), ("dtype", (dtype,), DTYPES), ("family", families, FAMILIES))
+    arguments = (("matrix", (name,), MATRICES), ("dtype", (dtype,), DTYPES), ("family", families, (*FAMILIES, PEERS)))
     for argument, values, known in arguments:
         for value in values:
             if value not in known:
@@ -101,7 +107,10 @@ def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Ca
         cases = [case for case in cases if case.hot]
     elif name == "smoke":
         cases = [case for case in cases if _in_smoke(case)]
-    return [case for case in cases if case.family in families]
+    chosen = {case.id: case for case in cases if case.family in families}
+    if PEERS in families:
+        chosen |= {case.id: case for case in _peers(name, dtype)}
+    return list(chosen.values())
 
 
 def rows_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, N: int) -> Case:
@@ -175,6 +184,17 @@ def _prefill(dtype: str) -> list[Case]:
         for S, G, H, D in shapes
         for n_sel in (8, 16)
     ]
+
+
+def _peers(name: str, dtype: str) -> list[Case]:
+    L = 16 * BLOCK
+    larger = [decode_case(dtype, "many", 16, 128, 128, L, batch, 65_536) for batch in (1, 8, 64)]
+    S, G = 16_384, 4
+    larger.append(Case("prefill", dtype, "many", 16, 128, 128, L, S * G, S=S, G=G, S_kv=S, block=BLOCK))
+    cases = [replace(case, peers=True) for case in (*_decode(dtype), *_prefill(dtype), *larger)]
+    if name == "hot":
+        return [case for case in cases if case.H == 16]
+    return [case for case in cases if name == "full" or _in_smoke(case)]
 
 
 def _in_smoke(case: Case) -> bool:

@@ -93,15 +93,14 @@ def traffic(inputs: Inputs) -> tuple[int, int]:
     return distinct * per_token + fixed, every * per_token + fixed
 
 
-def memory_estimate(case: Case) -> int:
-    """Return the bytes of device memory that a case needs at its peak: tensors, packed rows twice, indices."""
+def memory_estimate(case: Case, packed: bool = True) -> int:
+    """Return the bytes of device memory that a case needs at its peak: tensors and, packed, its rows twice, indices."""
     size = 2
     longest = max(ragged_lengths(case)) if case.family == "ragged" else case.L
     tokens = case.B * case.G * case.S_kv * (case.D + case.Dv) * size
-    packed = case.N * longest * (case.D + case.Dv) * size
-    index = case.N * longest * 4 * 8
+    packing = case.N * longest * (2 * (case.D + case.Dv) * size + 4 * 8)
     rows = case.N * case.H * (case.D + 2 * case.Dv) * size
-    return tokens + 2 * packed + index + rows
+    return tokens + rows + (packing if packed else 0)
 
 
 def _equal_spans(case: Case, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from nsa_sel.bench import cases, methods, timing
 from nsa_sel.bench.calibration import calibrate, limit_us
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.methods import CaseState, NotTimed, Prepared
+from nsa_sel.bench.cases import PEER_METHODS, Case
+from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
 from nsa_sel.bench.timing import DeviceTimer, WallTimer
 
 CACHE_LIMIT = 0.25  # share of the device's memory that the allocator may cache from case to case
@@ -36,6 +37,7 @@ class Bench:
             torch.set_num_threads(1)  # with two, one busy core makes each OpenMP barrier wait for a scheduler's turn
         self.plant = plant
         self.calibration = calibrate(self.timer)
+        self.not_timed: dict[tuple[str, str], str] = {}  # (case, method) among peers -> why it has no time
         self._state: CaseState | None = None
         self._refused: tuple[Case, str] | None = None
         gc.collect()
@@ -90,9 +92,28 @@ class Bench:
         """Yield the method, checked against the oracle and armed in the timer, and the first entries of its extra_info.
 
         Raises:
-            NotTimed: it cannot run here, or memory ran out; the message says why.
+            NotTimed: it cannot run here, or memory ran out; the message says why. A peer that fails or is wrong too:
+                that is a finding, and no fault of this suite.
             WrongResult: its result is wrong.
         """
+        try:
+            with self._ready(case, method) as found:
+                yield found
+        except Exception as error:
+            reason = error
+            if method in PEER_METHODS and not isinstance(error, NotTimed):
+                if self.lost():
+                    raise
+                kind = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
+                reason = NotTimed(" ".join(f"{kind}: {error}".split())[:300])
+            if case.peers:
+                self.not_timed[case.id, method] = str(reason)
+            if reason is error:
+                raise
+            raise reason from error
+
+    @contextmanager
+    def _ready(self, case: Case, method: str) -> Iterator[tuple[Prepared, dict[str, Any]]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of every SDPA backend that declines a call
             try:
@@ -170,7 +191,7 @@ class Bench:
                 break
             cycles = max(0.0, cycles + error_us * self.timer.cycles_per_us)
         details = {**prepared.details, "planted": 1 + self.plant - error_us / before_us}
-        return Prepared(call, prepared.result, details, prepared.guard)
+        return replace(prepared, call=call, details=details)
 
 
 def is_planted(case: Case, method: str) -> bool:

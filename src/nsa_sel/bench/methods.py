@@ -1,4 +1,4 @@
-"""The five methods, made ready for a case: parity first, then a call that can be timed.
+"""The methods, made ready for a case: parity first, then a call that can be timed.
 
 Source: MEASURING, protocol, points 1 and 4.
 """
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_sel import UnsupportedError, reference, selection_attention, spans
 from nsa_sel.bench import compiled, gate
-from nsa_sel.bench.cases import TRITON_METHODS, Case
+from nsa_sel.bench.cases import PEER_METHODS, TRITON_METHODS, Case
 from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
 from nsa_sel.bench.timing import Call, DeviceTimer, WallTimer
 from nsa_sel.routing import KernelFailed
@@ -52,13 +52,14 @@ class Prepared:
 
     call: the timed call. result: turns its value into rows [N, H, Dv]. details: entries of extra_info that say what
     really runs. guard: the context in which it must run (the SDPA backend), entered once, since entering it costs host
-    time.
+    time. expected: what `CaseState.expect` gives for other spans than the case's, where the method attends to others.
     """
 
     call: Callable[[], Tensor]
     result: Callable[[Tensor], Tensor]
     details: dict[str, str | float] = field(default_factory=dict)
     guard: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    expected: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class CaseState:
@@ -71,14 +72,17 @@ class CaseState:
     def __init__(self, case: Case, timer: DeviceTimer | WallTimer) -> None:
         self.case, self.timer = case, timer
         self.device = "cuda" if isinstance(timer, DeviceTimer) else "cpu"
-        needed = memory_estimate(case)
+        self.require(memory_estimate(case, packed=not case.peers))
+        self.inputs: Inputs = make_inputs(case, self.device)
+        self.bytes, self.bytes_rows = traffic(self.inputs)
+
+    def require(self, needed: int) -> None:
+        """Raise NotTimed unless so many bytes are free on the device."""
         if self.device == "cuda" and needed > _free_memory():
             gc.collect()  # tensors may hang on the traceback of a method that failed
             torch.cuda.empty_cache()
             if needed > (free := _free_memory()):
                 raise NotTimed(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-        self.inputs: Inputs = make_inputs(case, self.device)
-        self.bytes, self.bytes_rows = traffic(self.inputs)
 
     @functools.cached_property
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -138,14 +142,18 @@ class CaseState:
 
     @functools.cached_property
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `expect` for the case's own spans."""
+        return self.expect(self.inputs.ranges, self.inputs.min_len, self.inputs.max_len)
+
+    def expect(self, ranges: Tensor, min_len: int, max_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return at most 64 fixed row numbers, the oracle's result for them and packed SDPA's, [R, H, Dv] both."""
         case, x = self.case, self.inputs
         rows = torch.linspace(0, case.N - 1, min(PARITY_ROWS, case.N)).long().to(self.device)
         b, s, g = rows // (case.S * case.G), rows // case.G % case.S, rows % case.G
-        q, ranges = x.q[b, s, g][:, None, None], x.ranges[b, s, g][:, None, None]
+        q, of_rows = x.q[b, s, g][:, None, None], ranges[b, s, g][:, None, None]
         k, v = x.k[b, g][:, None], x.v[b, g][:, None]
-        packed = reference.packed_sdpa(q, k, v, ranges, min_len=x.min_len, max_len=x.max_len)
-        return rows, reference.oracle(x.q, x.k, x.v, x.ranges, rows=rows), packed[:, 0, 0]
+        packed = reference.packed_sdpa(q, k, v, of_rows, min_len=min_len, max_len=max_len)
+        return rows, reference.oracle(x.q, x.k, x.v, ranges, rows=rows), packed[:, 0, 0]
 
 
 def prepare(state: CaseState, method: str) -> Prepared:
@@ -156,17 +164,23 @@ def prepare(state: CaseState, method: str) -> Prepared:
     """
     if method in TRITON_METHODS:
         return _triton(state, core=method == "triton_core")
+    if method in PEER_METHODS:
+        from nsa_sel.bench import peers  # which builds on this module
+
+        return peers.prepare(state, method)
+    if state.case.peers:  # elsewhere the case is not begun unless packing fits
+        state.require(memory_estimate(state.case))
     rows = functools.partial(_flat, state.case)
     if method == "sdpa_core":
-        return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, _within(state.core_backend))
+        return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, within(state.core_backend))
     if method == "packed_sdpa":
         call = _operation(state.inputs, "packed_sdpa")
-        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, _within(state.sdpa_backend))
+        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, within(state.sdpa_backend))
     if method != "packed_sdpa_compiled":
         raise ValueError(f"method: value is {method!r}, expected one of {', '.join(state.case.methods)}")
     if state.device == "cpu":
         raise NotTimed("no GPU")
-    guard = _within(state.sdpa_backend)
+    guard = within(state.sdpa_backend)
     try:
         with guard():
             build = compiled.choose(state.case, state.inputs, state.sdpa_backend, state.timer)
@@ -184,7 +198,7 @@ def check(state: CaseState, prepared: Prepared) -> float:
     Raises:
         WrongResult: the gate's message.
     """
-    rows, oracle, packed = state.expected
+    rows, oracle, packed = prepared.expected or state.expected
     with prepared.guard():
         out = prepared.result(prepared.call())[rows]
     result = gate.check(out, oracle, packed, dtype=TORCH_DTYPES[state.case.dtype])
@@ -234,7 +248,7 @@ def _flat(case: Case, out: Tensor) -> Tensor:
     return out.reshape(case.N, case.H, case.Dv)
 
 
-def _within(backend: str) -> Callable[[], AbstractContextManager[object]]:
+def within(backend: str) -> Callable[[], AbstractContextManager[object]]:
     """Return how to enter an SDPA backend."""
     return contextlib.nullcontext if backend == "default" else functools.partial(sdpa_kernel, SDPA_BACKENDS[backend])
 
