@@ -42,10 +42,23 @@ def write(
     tuned = sweep_table.merged(table, sweep.gpu.name, measured, results)
     if tuned.entries:
         texts[table] = tuned.as_json()
+        set_aside(table, sweep.gpu.name)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         decision.replace_file(path, text)
     return list(texts)
+
+
+def set_aside(table: Path, gpu: str) -> None:
+    """Rename a file that stands in the table's place and is no table of this GPU, so that nothing is lost."""
+    try:
+        tuned_table.read(table, gpu)
+    except tuned_table.TableError as error:
+        if table.exists():
+            taken = [table.with_name(f"{table.name}.old{n or ''}") for n in range(100)]
+            kept = next(path for path in taken if not path.exists())
+            table.rename(kept)
+            print(f"{error}: kept as {kept}")
 
 
 def default_folder(gpu: str) -> Path:

@@ -1,0 +1,309 @@
+"""What breaks around the kernel (memory, compiler, cache, files, Ctrl-C) ends in a clear reason; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_files import bench, save
+
+import nsa_sel
+from nsa_sel import api, reference, routing
+from nsa_sel.bench import regress, report, runs, sweep, thresholds
+from nsa_sel.routing import KernelFailed, Route
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1, 4, 16), torch.randn(1, 1, 20, 16), torch.randn(1, 1, 20, 16)
+    return {"q": q, "k": k, "v": v, "ranges": torch.tensor([[2, 9], [5, 20]]).expand(1, 2, 1, 2, 2)}
+
+
+def python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT / "src"), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+# --- memory ---
+
+TOO_LARGE = """
+import resource, torch, nsa_sel
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**31
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+torch.manual_seed(0)
+q, kv = torch.randn(1, 4096, 1, 4, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 2**24, 16)
+ranges = torch.tensor([0, 2**24]).expand(1, 4096, 1, 1, 2)
+before = q.clone()
+try:
+    nsa_sel.selection_attention(q, kv, kv, ranges)
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+assert torch.equal(q, before)
+small = q[:, :8], kv[:, :, :40], kv[:, :, :40], ranges[:, :8]
+difference = nsa_sel.selection_attention(*small) - nsa_sel.reference.oracle(*small)
+assert difference.abs().max() < 1e-5
+print("the next call is right")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_packing_beyond_the_memory_names_the_size_and_corrupts_nothing():
+    done = python(TOO_LARGE)
+    assert done.returncode == 0, done.stderr
+    said, after = done.stdout.splitlines()
+    asked = re.search(r"tried to allocate (\d+) bytes", said)
+    assert asked and int(asked[1]) >= 2**24 * 4096, said  # a byte or more for every token of every row
+    assert after == "the next call is right"
+
+
+def test_running_out_of_gpu_memory_names_what_packing_takes(monkeypatch):
+    def no_room(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB")
+
+    monkeypatch.setattr(reference, "packed_sdpa", no_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+        nsa_sel.selection_attention(**arguments())
+    said = str(caught.value)
+    assert "packing 2 rows of 22 tokens takes 0.00 GB" in said and "Tried to allocate 64.00 GiB" in said
+
+
+# --- the compiler and its cache ---
+
+# Triton's real compiler without a GPU, in the place where the launcher meets it.
+COMPILE = """
+import sys
+from nsa_sel import kernels, triton_fwd
+from nsa_sel.bench import aot
+from nsa_sel.routing import KernelFailed
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Kernel:
+    def __getitem__(self, grid):
+        def compile(*args, **options):
+            source, options = aot._source(aot.Variant(90, "bf16", 4, 16, 16, 1, triton_fwd.tuning.LaunchConfig(
+                "gather", 16, 16, 16, 1, 1), in_matrix=False))
+            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        return compile
+
+kernel, triton_fwd.kernels._sel_fwd = kernels._sel_fwd, Kernel()
+aot_source = aot._source
+def source(variant):
+    triton_fwd.kernels._sel_fwd = kernel
+    try:
+        return aot_source(variant)
+    finally:
+        triton_fwd.kernels._sel_fwd = Kernel()
+aot._source = source
+triton_fwd.INTERPRETED = True
+q, kv = torch.zeros(1, 1, 1, 4, 16), torch.zeros(1, 1, 8, 16)
+if "full" in sys.argv:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    triton_fwd.forward(q, kv, kv, torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64))
+    print("compiled")
+except KernelFailed as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiles(tmp_path_factory):
+    pytest.importorskip("triton.tools.tensor_descriptor", reason="compiling ahead of time needs Triton 3.4")
+
+    def compile(*arguments: str, cache: Path | None = None) -> str:
+        folder = cache or tmp_path_factory.mktemp("cache") / "kernels"
+        done = python(COMPILE, *arguments, TRITON_CACHE_DIR=str(folder))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return compile
+
+
+@pytest.mark.parametrize("fault", ("no folder", "full"))
+def test_a_kernel_that_cannot_be_compiled_says_why_in_one_line(compiles, tmp_path, fault):
+    if fault == "no folder":  # as a read-only one, which root could write to
+        (tmp_path / "file").write_text("in the way")
+        said = compiles(cache=tmp_path / "file" / "kernels")
+        reason = "NotADirectoryError"
+    else:
+        said, reason = compiles("full"), "File too large"
+    assert re.fullmatch(
+        rf"the kernel \(gather .+\) cannot be compiled or started: .*{reason}.+kernels: clear it.+", said
+    )
+
+
+def test_a_damaged_cache_is_compiled_anew_or_named(compiles, tmp_path):
+    assert compiles(cache=tmp_path) == "compiled"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = compiles(cache=tmp_path)
+    assert said == "compiled" or ("cannot be compiled or started" in said and f"{tmp_path}: clear it" in said)
+
+
+class Broken:
+    """Stand in for the device code of a machine whose compiler is gone; count how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.asked += 1
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+        return launch
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    from nsa_sel import triton_fwd
+
+    kernel = Broken()
+    monkeypatch.setattr(triton_fwd.kernels, "_sel_fwd", kernel)
+    monkeypatch.setattr(triton_fwd, "INTERPRETED", True)
+    monkeypatch.setattr(triton_fwd, "unsupported_reason", lambda *tensors: None)
+    monkeypatch.setattr(api, "_failures", {})
+    return kernel
+
+
+def test_asked_for_by_name_a_broken_compiler_is_an_unsupported_error(broken):
+    for n in (1, 2):
+        with pytest.raises(
+            nsa_sel.UnsupportedError, match="Failed to find C compiler. Please specify via CC"
+        ) as caught:
+            nsa_sel.selection_attention(**arguments(), backend="triton", min_len=22, max_len=22)
+        assert isinstance(caught.value, KernelFailed) and broken.asked == n
+    with pytest.raises(nsa_sel.UnsupportedError, match="Failed to find C compiler"):
+        nsa_sel.selection_attention(**arguments(), backend="triton", return_lse=True)
+
+
+@pytest.mark.parametrize("use_sel_pack", (True, False))
+def test_auto_warns_of_a_broken_compiler_and_runs_its_fallback(broken, monkeypatch, use_sel_pack):
+    monkeypatch.setattr(api, "_route", lambda *args: Route("triton", "a GPU that was measured"))
+    config = nsa_sel.SelConfig(use_sel_pack=use_sel_pack)
+    given = arguments()
+    fallback = "packed_sdpa" if use_sel_pack else "masked_sdpa"
+    with pytest.warns(RuntimeWarning, match=f"{fallback} runs in place of Triton: .*Failed to find C compiler"):
+        out = nsa_sel.selection_attention(**given, config=config, min_len=22, max_len=22)
+    assert torch.equal(out, getattr(reference, fallback)(**given))
+    assert list(api._failures) == [api._kind(given["q"], given["v"])]
+
+
+def test_out_of_memory_in_the_kernels_launch_is_no_failure_of_the_kernel(broken, monkeypatch):
+    def no_room(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(Broken, "__getitem__", lambda self, grid: no_room)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="1.00 GiB"):
+        nsa_sel.selection_attention(**arguments(), backend="triton")
+
+
+def test_a_kernel_that_fails_is_an_obstacle_for_auto_and_nothing_else():
+    config = nsa_sel.SelConfig(use_triton_sel=True)
+    options = {"config": config, "gpu_name": "NVIDIA H200", "max_len": 512, "needs_grad": False}
+    assert routing.decide("auto", **options, unsupported=None).backend == "triton"
+    route = routing.decide("auto", **options, unsupported="the kernel cannot be compiled")
+    assert route == Route("packed_sdpa", "the kernel cannot be compiled")
+
+
+# --- saved files ---
+
+WHOLE = json.dumps({"machine_info": {}, "benchmarks": [bench("a", "triton", 9)], "datetime": "2026-01-01T00:00:00"})
+DAMAGED = {
+    "truncated": WHOLE[:-40],
+    "empty": "",
+    "another schema": '{"version": 2, "results": {}}',
+    "a tuned table": '{"schema": 1, "gpu": "NVIDIA H200", "entries": []}',
+    "a case twice": json.dumps({"machine_info": {}, "benchmarks": [bench("a", "triton", 9), bench("a", "triton", 8)]}),
+}
+COMMANDS = {
+    "compare": lambda bad, out: regress.main([str(bad), str(bad)]),
+    "report": lambda bad, out: report.main([str(bad), "--out", str(out)]),
+    "threshold": lambda bad, out: thresholds.main([str(bad)]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_run_is_one_line_and_stays_as_it_is(tmp_path, capsys, kind, command):
+    bad, out = tmp_path / "0001_bad.json", tmp_path / "out"
+    bad.write_text(DAMAGED[kind])
+    assert COMMANDS[command](bad, out) == 2
+    said = capsys.readouterr().err
+    assert "0001_bad.json" in said and said.count("\n") == 1, said
+    assert bad.read_text() == DAMAGED[kind] and not out.exists()
+
+
+def test_pytest_benchmarks_own_command_survives_a_truncated_run(tmp_path):
+    folder = tmp_path / ".benchmarks" / "Linux-NVIDIA-H200"
+    old = save(folder, "0001_old", [bench("a", "triton", 100)])
+    cut = save(folder, "0002_cut", [bench("a", "triton", 100)])
+    save(folder, "0003_new", [bench("a", "triton", 150)], datetime="2026-01-03T00:00:00")
+    cut.write_text(half := cut.read_text()[:-300])
+    (tmp_path / "conftest.py").symlink_to(ROOT / "conftest.py")
+    before = old.read_bytes()
+    command = "from pytest_benchmark.cli import main; main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", command, "compare"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text and "0002_cut" in text, text
+    assert "a triton  100.00 us -> 150.00 us" in text, text
+    assert old.read_bytes() == before and cut.read_text() == half
+
+
+@pytest.mark.parametrize("content", ("", WHOLE, '{"schema": 1'))
+def test_tuning_sets_aside_what_stands_in_its_tables_place(tmp_path, capsys, content):
+    table = tmp_path / "NVIDIA_H200.json"
+    for name in ("NVIDIA_H200.json.old", "NVIDIA_H200.json.old1"):
+        table.write_text(content)
+        sweep.set_aside(table, "NVIDIA H200")
+        assert not table.exists() and (tmp_path / name).read_text() == content
+        assert name in capsys.readouterr().out
+    sweep.set_aside(table, "NVIDIA H200")
+    assert capsys.readouterr().out == ""
+
+
+# --- Ctrl-C ---
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would time the kernel")
+def test_an_interrupted_perf_run_leaves_the_earlier_one_and_is_no_baseline(tmp_path):
+    arguments = ["tests/perf", "--sel-matrix", "smoke", "--sel-family", "ragged,decode", "--benchmark-autosave"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
+    command += [f"--benchmark-storage={tmp_path}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    earlier = None
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if earlier is None and "PASSED" in line:
+                earlier = save(tmp_path / "earlier-cpu", "0001_whole", [bench("a", "triton", 9, gpu=None)])
+                before = earlier.read_bytes()
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    assert earlier is not None and earlier.read_bytes() == before
+    partial = [path for path in tmp_path.glob("*/*.json") if path != earlier]
+    for path in partial:
+        assert runs.load(path).interrupted
+    assert partial and runs.latest(tmp_path, clean=True) == earlier
+    note = regress.compare(runs.load(partial[0]), runs.load(earlier)).text()
+    assert "was interrupted and lacks cases" in note
