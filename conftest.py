@@ -29,11 +29,14 @@ __all__ = [
 ]
 
 
+FAMILY_HELP = f"only these, with commas: {', '.join(cases.FAMILIES)}; {cases.PEERS}: beside other people's kernels"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa_sel")
     group.addoption("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
     group.addoption("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
-    group.addoption("--sel-family", metavar="NAMES", help=f"only these, with commas: {', '.join(cases.FAMILIES)}")
+    group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
     group.addoption("--sel-table", action="store_true", help="print every benchmark at the end, not only the summary")
     group.addoption(
         "--sel-plant",

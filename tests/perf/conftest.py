@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_sel.bench import cases, decision, summary, thresholds
+from nsa_sel.bench import cases, decision, runs, summary, thresholds
 from nsa_sel.bench.measure import Bench
 from nsa_sel.bench.runs import RunError
+
+BENCH = pytest.StashKey[Bench]()
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +23,16 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     if torch.cuda.is_available():
         _say(request.config, _compiled(request.session))
     try:
-        return Bench(plant=request.config.getoption("sel_plant"))
+        made = request.config.stash[BENCH] = Bench(plant=request.config.getoption("sel_plant"))
+        return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
 
 
 def _compiled(session: pytest.Session) -> str:
     asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
-    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype)}
+    families = ",".join((*cases.FAMILIES, cases.PEERS))
+    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
     try:
         from nsa_sel.bench import precompile  # needs Triton
 
@@ -47,6 +51,18 @@ def _say(config: pytest.Config, text: str) -> None:
         reporter.write_line(f" {text}")
 
 
+@pytest.hookimpl(trylast=True)  # after our other note on a saved run
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Save why a method has no time beside peers."""
+    if reasons := _not_timed(config):
+        saved = [{"case": case, "method": method, "reason": why} for (case, method), why in reasons.items()]
+        output_json.setdefault(runs.MARK, {})["not_timed"] = saved
+
+
+def _not_timed(config: pytest.Config) -> dict[tuple[str, str], str]:
+    return config.stash[BENCH].not_timed if BENCH in config.stash else {}
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     timed = [b for b in session.benchmarks if b and not b.has_error and "case" in b.extra_info] if session else []
@@ -61,8 +77,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("")
     for line in summary.screen(results):
         terminalreporter.write_line(line)
-    for reason, count in skipped.most_common(5):
-        terminalreporter.write_line(f"{count} {reason}")
+    beside = summary.peers_screen(results, _not_timed(config))
+    for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
+        terminalreporter.write_line(line)
     files = _saved(session)
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import os
 import shutil
+import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import nsa_sel
 from nsa_sel import reference
-from nsa_sel.bench import cases, methods, peers
+from nsa_sel.bench import cases, methods, peers, report, summary
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.measure import Bench
 from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
+from nsa_sel.bench.thresholds import Saved
 from nsa_sel.bench.timing import WallTimer
 
 PREFILL = Case("prefill", "bf16", "many", 4, 32, 16, 128, 2 * 192 * 2, S=192, G=2, S_kv=192, block=64, peers=True)
@@ -234,3 +239,39 @@ def test_packing_that_does_not_fit_is_not_applicable_and_the_rest_goes_on(monkey
     state.require(tensors)
     with pytest.raises(NotTimed, match="needs .* GB, .* GB are free"):
         methods.prepare(state, "packed_sdpa")
+
+
+def result(method: str, us: float, **more: str) -> dict:
+    return {"case": "a", "method": method, "device_us": us, "family": "decode", **more}
+
+
+def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
+    timed = [result("triton", 10.0), result("fla_nsa", 9.0, peer="fla-core 1.2"), result("dense", 2.0)]
+    missing = {("a", "flex_attention"): "wrong: 3 rows", ("a", "flashinfer_paged"): "no GPU"}
+    lines, notes = summary.peers(timed, missing)
+    assert lines[1] == ["a", "10.0", "wrong [1]", "9.0 (0.90x)", "n/a [2]", "2.0 (0.20x)", "-", "-"]
+    assert notes == [
+        "faster than triton: fla_nsa in a, 9.0 against 10.0 µs",
+        "fla_nsa: fla-core 1.2",
+        "dense: other work, the whole context; for scale",
+        "[1] flex_attention: wrong: 3 rows",
+        "[2] flashinfer_paged: no GPU",
+    ]
+    shown = summary.peers_screen(timed, missing)
+    assert shown[1].split() == ["fla_nsa", "decode", "1", "0.90", "0.90"]
+    assert shown[-2:] == ["1 x flex_attention: wrong: 3 rows", "1 x flashinfer_paged: no GPU"]
+    assert summary.peers(timed[:1], {}) == ([], []) and summary.peers_screen(timed[:1], {}) == []
+
+
+def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
+    root = Path(nsa_sel.__file__).parents[2]
+    saved = tmp_path / "run.json"
+    options = ["--sel-family=peers", "--sel-matrix=smoke", f"--benchmark-json={saved}", "-k", "t512 and not flex"]
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "tests/perf", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0 and "1 x triton: no GPU" in done.stdout, done.stdout + done.stderr
+    lines, notes = report.peers(saved, Saved.load(saved))
+    (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    assert cells["triton"] == "n/a [1]" and float(cells["dense"]) > 0 and float(cells["packed_sdpa"]) > 0
+    assert "[1] triton: no GPU" in notes and f"dense: torch {torch.__version__}" in notes

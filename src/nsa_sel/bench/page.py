@@ -87,8 +87,11 @@ def render(
     rows: Sequence[report.Row],
     pictures: Mapping[str, str | None],
     compared: regress.Comparison | None,
+    beside: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the page. pictures: SVG text by name (speedup, bytes, decode, prefill); None: nothing to show.
+    beside, notes: the table of peers and what is said of it.
 
     A content security policy forbids every outside reference, and every script but the page's own.
     """
@@ -107,6 +110,8 @@ def render(
             _note("Triton over the fastest SDPA form of the same scope: geomean (worst case)."),
         ]
         body.append(_table(report.summary(rows), left={0, 1}))
+    if beside:
+        body += ["<h2>Peers</h2>", _note(report.PEERS_NOTE), _table(beside, left={0}), *map(_note, notes)]
     body += _changes(compared)
     body += [
         "<h2>Environment</h2>",

@@ -13,12 +13,17 @@ from typing import Any
 
 from nsa_sel.bench import decision, regress, runs
 from nsa_sel.bench.cases import FAMILIES, scope
+from nsa_sel.bench.summary import peers as side_by_side
 from nsa_sel.bench.thresholds import Decision, Saved, ThresholdError, decide
 from nsa_sel.config import ConfigError, SelConfig
 
 Row = dict[str, Any]
 TRITON_OF_SCOPE = {"op": "triton", "core": "triton_core"}
 NO_GPU = "This run has no GPU figures: only the references were timed, on the CPU, and no threshold follows from it."
+PEERS_NOTE = (
+    "Device time in µs (wall-clock time without a GPU), and how many times Triton's it is. "
+    "What has a time was first checked against the oracle."
+)
 # column -> (heading, how its numbers are shown; empty: a text)
 COLUMNS: dict[str, tuple[str, str]] = {
     "case": ("case", ""),
@@ -103,16 +108,30 @@ def cells(row: Row) -> list[str]:
     return shown
 
 
-def as_markdown(heading: str, verdict: str, rows: Sequence[Row]) -> str:
-    """Return the verdict, the summary and the table in Markdown."""
+def peers(run: Path, saved: Saved) -> tuple[list[list[str]], list[str]]:
+    """Return the run's table of peers and the notes on it, both empty without any."""
+    mark = runs.read_json(run).get(runs.MARK)
+    found = mark.get("not_timed") if isinstance(mark, Mapping) else None
+    entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+    not_timed = {(str(e.get("case")), str(e.get("method"))): str(e.get("reason")) for e in entries}
+    timings = saved.run.timings.items()
+    return side_by_side([{**saved.extras[key], "device_us": timing.median_us} for key, timing in timings], not_timed)
+
+
+def as_markdown(
+    heading: str, verdict: str, rows: Sequence[Row], beside: Sequence[Sequence[str]] = (), notes: Sequence[str] = ()
+) -> str:
+    """Return the verdict, the summary, the table of peers with its notes if there is one, and the table in Markdown."""
     full = [[heading for heading, _ in COLUMNS.values()], *(cells(row) for row in rows)]
-    notes = "Speed-ups are over the fastest SDPA form of the same scope; summary: geomean (worst)."
+    note = "Speed-ups are over the fastest SDPA form of the same scope; summary: geomean (worst)."
+    listed = "\n".join(f"- {regress.printable(each).replace('<', '&lt;')}" for each in notes)
     blocks = [
         f"# {heading}",
         verdict,
         "## Summary",
-        notes,
+        note,
         _markdown_table(summary(rows)),
+        *(["## Peers", PEERS_NOTE, _markdown_table(beside), listed] if beside else []),
         "## All",
         _markdown_table(full),
     ]
@@ -150,11 +169,12 @@ def write(run: Path, baseline: Path | None, out: Path, config: SelConfig) -> lis
         "decode": plots.decode_times(drawn),
         "prefill": plots.prefill_times(drawn),
     }
+    beside, notes = peers(run, saved)
     heading = f"nsa_sel on {saved.run.gpu}, {saved.run.datetime[:10] or 'undated'}"
     texts = {
-        "report.html": page.render(heading, verdict, source, saved, decided, rows, pictures, compared),
+        "report.html": page.render(heading, verdict, source, saved, decided, rows, pictures, compared, beside, notes),
         "results.csv": as_csv(rows),
-        "results.md": as_markdown(heading, verdict, rows),
+        "results.md": as_markdown(heading, verdict, rows, beside, notes),
     }
     if pictures["speedup"]:
         texts["speedup.svg"] = pictures["speedup"]

@@ -8,12 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nsa_sel.bench.cases import PEER_METHODS
+
 WORST_SHOWN = 10
 OPPONENTS = {"op": ("triton", ("packed_sdpa", "packed_sdpa_compiled")), "core": ("triton_core", ("sdpa_core",))}
 COLUMNS = (
     *("case", "method", "time_us", "ci95_us", "speedup"),
     *("gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran"),
 )
+
+
+OTHER_WORK = "dense"  # attends to the whole context: there for scale, and no rival
+Reasons = Mapping[tuple[str, str], str]  # (case, method) -> why it has no time
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,67 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def peers(results: Iterable[Mapping[str, Any]], not_timed: Reasons) -> tuple[list[list[str]], list[str]]:
+    """Return the table of peers, its heading first, and notes on it; both empty if none was asked for.
+
+    A cell is the device time in µs and how many times Triton's it is; "wrong" or "n/a" where there is none, with the
+    number of the note that says why. The notes begin with every peer that is faster than Triton.
+    """
+    results = list(results)
+    times = _times(results)
+    asked = dict.fromkeys(case for case, method in (*times, *not_timed) if method in PEER_METHODS)
+    methods = ("triton", *PEER_METHODS, *OPPONENTS["op"][1])
+    reasons: dict[str, int] = {}
+    lines, faster = [], []
+    for case in asked:
+        ours, cells = times.get((case, "triton")), [case]
+        for method in methods:
+            us, reason = times.get((case, method)), not_timed.get((case, method))
+            if us is not None:
+                cells.append(f"{us:.1f}" + (f" ({us / ours:.2f}x)" if ours and method != "triton" else ""))
+                if ours and us < ours and method != OTHER_WORK:
+                    faster.append(f"faster than triton: {method} in {case}, {us:.1f} against {ours:.1f} µs")
+            elif reason is not None:
+                number = reasons.setdefault(f"{method}: {reason}", len(reasons) + 1)
+                cells.append(f"{'wrong' if reason.startswith('wrong') else 'n/a'} [{number}]")
+            else:
+                cells.append("-")
+        lines.append(cells)
+    if not lines:
+        return [], []
+    versions = dict.fromkeys(f"{result['method']}: {result['peer']}" for result in results if "peer" in result)
+    why = [f"[{number}] {reason}" for reason, number in reasons.items()]
+    notes = [*faster, *versions, f"{OTHER_WORK}: other work, the whole context; for scale", *why]
+    return [["case", *methods], *lines], notes
+
+
+def peers_screen(results: Sequence[Mapping[str, Any]], not_timed: Reasons) -> list[str]:
+    """Return a line for each family and peer, who is faster than Triton, and why times are missing."""
+    _, notes = peers(results, not_timed)
+    if not notes:
+        return []
+    times = _times(results)
+    lines = [f"{'peer':<18}{'family':<9}{'cases':>6}{'geomean':>9}{'lowest':>8}   device time over triton's"]
+    for method in PEER_METHODS:
+        for family in dict.fromkeys(result["family"] for result in results):
+            cases = [r["case"] for r in results if (r["method"], r["family"]) == (method, family)]
+            if cases:
+                ratios = [times[c, method] / times[c, "triton"] for c in cases if (c, "triton") in times]
+                shown = _number(_geomean(ratios), ".2f"), _number(min(ratios, default=None), ".2f")
+                lines.append(f"{method:<18}{family:<9}{len(cases):>6}{shown[0]:>9}{shown[1]:>8}")
+    faster = [note for note in notes if note.startswith("faster")]
+    more = [f"… and {len(faster) - WORST_SHOWN} more"] if len(faster) > WORST_SHOWN else []
+    missing: dict[str, int] = defaultdict(int)
+    for (_, method), reason in not_timed.items():
+        missing[f"{method}: {reason}"] += 1
+    why = sorted(missing, key=lambda text: -missing[text])[:WORST_SHOWN]
+    return [*lines, *faster[:WORST_SHOWN], *more, *(f"{missing[text]} x {text}" for text in why)]
+
+
+def _times(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    return {(result["case"], result["method"]): result["device_us"] for result in results}
 
 
 def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
