@@ -13,7 +13,7 @@ MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
 MAX_SPLITS = 64  # one program merges them all
 MERGE_UNROLL = 8  # parts that the merge loads together
-REST_L, REST_STAGES = 16, 2  # of the loop over what whole tiles leave, in a program of one warp
+REST_L, REST_STAGES = 16, 2  # of the loop over what whole tiles leave over
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class LaunchConfig:
         block_h = max(16, next_power_of_2(H))
         # A round of the merge holds MERGE_UNROLL x block_h x block_m values in 128 registers of each thread.
         block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (MERGE_UNROLL * block_h)))
-        # One warp that holds a whole tile has no registers left for a second loop of that size.
-        narrow = self.num_warps == 1 and self.load in ("whole", "tma")
-        rest = (REST_L, REST_STAGES) if narrow else (self.block_l, self.num_stages)
+        rest = (REST_L, REST_STAGES) if self.load in ("whole", "tma") else (self.block_l, self.num_stages)
         block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
             block_h,
@@ -114,11 +112,14 @@ def choose(
         chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers)
         return _fit(chosen, H, D, Dv, element_bytes, shared_bytes)
 
+    tiles = "tma" if has_tma else "whole"
+    if n_spans > 64:  # a program holds all its row's spans in registers
+        load, block_l, num_stages = ("gather", 16, 2) if mean_span < 64 else (tiles, 64, 3)
+        return config(load, block_l, 8 if n_spans > 256 else 4, num_stages, _splits(N, max_len, sm_count))
     if element_bytes == 4:
         return config("gather", 32, 4, 2, _splits(N, max_len, sm_count))
     if row_warps > 1 or D + Dv > 384:
-        load = "gather" if mean_span < 64 else "tma" if has_tma else "whole"
-        return config(load, 64, 4, 2, _splits(N, max_len, sm_count))
+        return config("gather" if mean_span < 64 else tiles, 64, 4, 2, _splits(N, max_len, sm_count))
     if shared_kv and n_spans > 1 and mean_span >= 32 and rows_per_sm >= 4:
         if not has_tma:
             return config("whole", 32, 1, 2)
@@ -128,7 +129,7 @@ def choose(
     if max_len <= 32:
         return config("gather", 32, 2, 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
     # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
-    whole = has_tma and mean_span >= 64 and (n_spans == 1 or n_spans > 8)
+    whole = mean_span >= 64 and ((n_spans == 1 and has_tma) or n_spans > 8)
     if rows_per_sm >= 4 and not whole:
         return config("gather", 16, 1, 3)
     if rows_per_sm >= 4 and max_len <= 256:
@@ -141,7 +142,7 @@ def choose(
             return config("gather", 128, 4, 2) if max_len <= 128 else config("gather", 64, 2, 3)
         return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, splits)
     if whole and max_len > 64:
-        return config("tma", 64, 4, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
+        return config(tiles, 64, 4, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
     if rows_per_sm < 1 and max_len >= 128:
         return config("gather", 128, 4, 3, splits)
     return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
@@ -154,12 +155,12 @@ def _splits(N: int, max_len: int, sm_count: int) -> int:
 
 
 def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:
-    """Take stages, then tokens a tile, from a configuration until it fits into `limit` bytes of shared memory."""
+    """Take tokens a tile, then stages, from a configuration until it fits into `limit` bytes of shared memory."""
     while shared_memory(config, H, D, Dv, element_bytes) > limit:
-        if config.num_stages > 2 or config.block_l == 16:
-            config = replace(config, num_stages=config.num_stages - 1)
-        else:
+        if config.block_l > 64 or (config.num_stages <= 2 and config.block_l > 16):
             config = replace(config, block_l=config.block_l // 2)
+        else:
+            config = replace(config, num_stages=config.num_stages - 1)
     return config
 
 
