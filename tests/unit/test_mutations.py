@@ -1,0 +1,213 @@
+"""Deliberate faults: each is planted in a copy of the package, and the named test of the suite must fail there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_sel.bench import timing
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or not sys.platform.startswith("linux"),
+    reason="the faults are planted where the kernel runs in Triton's interpreter",
+)
+ROOT = Path(__file__).parents[2]
+LAYOUTS = "tests/parity/test_layouts.py::test_triton_sel_parity_"
+ONE_RUN = LAYOUTS + "without_length_hints"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Name a fault: what to write in place of which text (there once) of which file, and the test that sees it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+FAULTS = [
+    Fault(
+        "a span's end is off by one",
+        "spans.py",
+        "return starts, torch.maximum(bounds[..., 1], starts)",
+        "return starts, torch.maximum(bounds[..., 1] - 1, starts)",
+        "tests/unit/test_spans.py::test_every_pair_of_spans_over_four_tokens",
+    ),
+    Fault(
+        "the kernel reads one token past a span",
+        "tiles.py",
+        "end = tl.minimum(tl.maximum(end, 0), S_kv)",
+        "end = tl.minimum(tl.maximum(end, 0) + 1, S_kv)",
+        ONE_RUN,
+    ),
+    Fault(
+        "the running maximum grows and the sums are not rescaled",
+        "tiles.py",
+        "l_i = l_i * alpha + tl.sum(p, 1)",
+        "l_i = l_i + tl.sum(p, 1)",
+        LAYOUTS + "of_large_logits",
+    ),
+    Fault(
+        "the scale is taken from the width of V",
+        "triton_fwd.py",
+        "(D**-0.5 if scale is None else scale) * LOG2_E",
+        "(Dv**-0.5 if scale is None else scale) * LOG2_E",
+        LAYOUTS + "of_padded_widths",
+    ),
+    Fault(
+        "the last tile is dropped",
+        "kernels.py",
+        "hi = n_tiles + tl.cdiv(left, REST_L)",
+        "hi = n_tiles + tl.maximum(tl.cdiv(left, REST_L) - 1, 0)",
+        ONE_RUN,
+    ),
+    Fault(
+        "the groups are swapped",
+        "kernels.py",
+        "k_row = k_ptr + (b * stride_kb + g * stride_kg) * UNIT",
+        "k_row = k_ptr + (b * stride_kb + (G - 1 - g) * stride_kg) * UNIT",
+        LAYOUTS + "of_strided_tensors[plain-int_dtype0]",
+    ),
+    Fault(
+        "the parts of a split row are added without their weights",
+        "kernels.py",
+        "acc = acc * alpha[:, None] + part * beta[:, None]",
+        "acc = acc + part",
+        "tests/parity/test_variants.py::test_triton_sel_parity_of_column_chunks[16-64]",
+    ),
+    Fault(
+        "padding is not masked",
+        "spans.py",
+        "valid = place < L\n",
+        "valid = place < L.amax()\n",
+        "tests/unit/test_spans.py::test_every_pair_of_spans_over_four_tokens",
+    ),
+    Fault(
+        "packed SDPA is causal, so that its one query sees key 0 alone",
+        "reference.py",
+        "attn_mask=mask, scale=scale)[:, 0]\n    return torch.where",
+        "is_causal=True, scale=scale)[:, 0]\n    return torch.where",
+        "tests/unit/test_reference.py::test_both_sdpa_forms_pass_the_gate",
+    ),
+    Fault(
+        "the threshold is exclusive",
+        "routing.py",
+        "if length < threshold:",
+        "if length <= threshold:",
+        "tests/unit/test_routing.py::test_the_threshold_is_inclusive",
+    ),
+    Fault(
+        "Triton asked for by name falls back in silence",
+        "routing.py",
+        """raise UnsupportedError(f"backend: value is 'triton', which cannot run this call: {obstacle}")""",
+        """return Route("packed_sdpa", obstacle)""",
+        "tests/unit/test_routing.py::test_triton_asked_for_by_name_never_falls_back",
+    ),
+    Fault(
+        "runs are compared by their means",
+        "bench/runs.py",
+        'median_us=positive(stats, "median") * 1e6',
+        'median_us=positive(stats, "mean") * 1e6',
+        "tests/unit/test_regress.py::test_medians_decide_and_means_do_not",
+    ),
+    Fault(
+        "a missing case passes",
+        "bench/regress.py",
+        "return int(bool(self.regressions or self.missing or not self.compared or self.different_gpu))",
+        "return int(bool(self.regressions or not self.compared or self.different_gpu))",
+        "tests/unit/test_regress.py::test_missing_case_fails_and_new_case_is_listed",
+    ),
+    Fault(
+        "the timer does not wait for the device",
+        "bench/timing.py",
+        "            self.tick()\n        end.event.synchronize()\n        return start",
+        "            self.tick()\n        return start",
+        "tests/unit/test_mutations.py::test_the_timer_waits_for_its_end_event",
+    ),
+]
+
+
+def run(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
+    """Run these tests of the copy in `folder`, on nothing but the copy."""
+    names = ("PYTHONPATH", "TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    env = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("NSA_")}
+    env |= {"PYTHONPATH": str(folder / "src"), "NSA_TEST_TRITON_SEL": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+def copy(folder: Path, fault: Fault | None) -> Path:
+    """Copy the package and its suite into `folder`, and plant the fault."""
+    for name in ("src", "tests", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("conftest.py", "pytest.ini"):
+        shutil.copy(ROOT / name, folder)
+    if fault is not None:
+        path = folder / "src" / "nsa_sel" / fault.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(fault.old) == 1, (
+            f"{fault.file}: {fault.old!r} stands {text.count(fault.old)} times, expected 1"
+        )
+        path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """Begin all runs, two at a time; the run without a fault is that of the name "none"."""
+    every = sorted({fault.caught_by for fault in FAULTS})
+    with ThreadPoolExecutor(2) as pool:
+        found = {"none": pool.submit(lambda: run(copy(tmp_path_factory.mktemp("none"), None), every))}
+        for fault in FAULTS:
+            folder = tmp_path_factory.mktemp("fault")
+            found[fault.name] = pool.submit(lambda f=fault, at=folder: run(copy(at, f), [f.caught_by]))
+        yield found
+
+
+@interpreted
+def test_without_a_fault_these_tests_pass(outcomes):
+    done = outcomes["none"].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught(outcomes, fault):
+    done = outcomes[fault.name].result()
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED and "1 failed" in done.stdout, done.stdout + done.stderr
+
+
+class Event:
+    """Stand in for a CUDA event of a device that is behind the host."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+    def elapsed_time(self, end: Event) -> float:
+        if not end.passed:
+            raise RuntimeError("device not ready")
+        return 2.5
+
+
+def test_the_timer_waits_for_its_end_event():
+    timer = object.__new__(timing.DeviceTimer)
+    start, end = (types.SimpleNamespace(event=Event()) for _ in range(2))
+    assert timer.elapsed(start, end) == 2.5e-3
