@@ -1,5 +1,5 @@
 # `make test` on a fresh clone sets up .venv and tests. `make test PY=python3` uses that interpreter and installs nothing.
-.PHONY: test parity perf bench aot tune decide lint
+.PHONY: test test-oldest parity perf bench soak aot tune decide lint
 .DEFAULT_GOAL := test
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
@@ -25,6 +25,10 @@ parity: $(INSTALLED)
 perf: $(INSTALLED)
 	@echo '$(if $(GPU),Timing the full matrix on $(GPU),No NVIDIA GPU: the kernel is not timed. Smoke matrix, references only)'
 	$(PY) -m pytest tests/perf --benchmark-autosave
+
+# On an NVIDIA GPU, under 10 minutes: memory safety, races, numerics, load, faults; figures at the end. Skipped without one.
+soak: $(INSTALLED)
+	timeout --signal=INT --kill-after=30 600 $(PY) -m pytest -q -rs tests/soak tests/parity/test_numerics.py
 
 bench: $(INSTALLED)
 	@marker=$$(mktemp); \
