@@ -22,6 +22,15 @@ test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it
 parity: $(INSTALLED)
 	$(PY) -m pytest -q tests/parity
 
+# The CPU suite in Triton's interpreter with an older Triton: `make test-oldest OLDEST='triton==3.3.1 numpy==2.3.5'` for another.
+# Its NumPy must be older than 2.4, and warns. Before Triton 3.4 there are no descriptors, hence no TMA to test.
+OLDEST ?= triton==3.2.0 numpy==2.3.5
+OLD := .venv/oldest-$(shell echo '$(OLDEST)' | tr -c 'A-Za-z0-9.\n' '-')
+test-oldest: $(INSTALLED)
+	test -d $(OLD) || $(PY) -m pip install --quiet --no-deps --target $(OLD) $(OLDEST)
+	PYTHONPATH=$(CURDIR)/$(OLD):$(PYTHONPATH) NSA_TEST_TRITON_SEL=1 $(PY) -m pytest -q tests/parity \
+	  -W 'ignore:Conversion of an array:DeprecationWarning' -k 'not tma and not the_switch and not column_chunks and not does_not_see'
+
 perf: $(INSTALLED)
 	@echo '$(if $(GPU),Timing the full matrix on $(GPU),No NVIDIA GPU: the kernel is not timed. Smoke matrix, references only)'
 	$(PY) -m pytest tests/perf --benchmark-autosave
@@ -33,6 +42,8 @@ soak: $(INSTALLED)
 bench: $(INSTALLED)
 	@marker=$$(mktemp); \
 	$(MAKE) --no-print-directory parity perf; status=$$?; \
+	run=$$(find .benchmarks -name '*.json' -newer $$marker 2>/dev/null | sort | tail -n 1); \
+	test -z "$$run" || $(PY) -m nsa_sel report "$$run" --out bench/results/latest >/dev/null || status=1; \
 	echo 'Files written:'; find .benchmarks bench/results -type f -newer $$marker 2>/dev/null; \
 	rm $$marker; exit $$status
 

@@ -84,6 +84,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
     terminalreporter.write_line(f"saved in {', '.join(files)}" if files else "not saved; --benchmark-autosave does")
+    if files:
+        terminalreporter.write_line(f"its report: nsa-sel report {files[0]} --out report")
 
 
 def _reason(report: Any) -> str:
