@@ -8,8 +8,7 @@ cannot reach the result.
 Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
 import triton
 import triton.language as tl
 

@@ -1,7 +1,6 @@
 """Device code that the selection kernel is made of: reading spans and tiles, and one step of the online softmax."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
 import triton
 import triton.language as tl
 
