@@ -16,9 +16,8 @@ from .routing import KernelFailed, Route
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_plans: dict[
-    tuple, Any
-] = {}  # calls that were checked and routed to Triton, with the toggles that held: see triton_fwd
+# Calls that were checked and routed to Triton, with the toggles that held: see triton_fwd.
+_plans: dict[tuple, Any] = {}
 _failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
 
