@@ -73,7 +73,7 @@ def _merge(
     """
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    for column in tl.static_range(0, DV, BLOCK_M):
+    for column in range(0, DV, BLOCK_M):
         offs_v = column + tl.arange(0, BLOCK_M)
         offs = offs_h[:, None] * DV_PAD + offs_v[None, :]
         m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)

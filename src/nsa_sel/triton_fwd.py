@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,15 @@ LOG2_E = 1.4426950408889634
 # Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
 DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
 CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
+GRAPH_COUNTERS = 1 << 18  # 1 MiB a device: one a row of every captured call whose rows are split
 MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
 
 _launches = 0
 _plans: dict[tuple, Plan] = {}
 _facts: dict[torch.device, tuple[int, int, bool]] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_graph_counters: dict[int, Tensor] = {}  # by device: zeros that captured calls take from, each its own
+_graph_lock = threading.Lock()
 
 
 def launch_count() -> int:
@@ -303,15 +307,26 @@ def _device_facts(device: torch.device) -> tuple[int, int, bool]:
 def _workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
     """Return room for partial results, and counters that are zero and that the kernel sets back to zero.
 
-    Calls on one stream run one after another and share them. A captured call gets its own from its graph's pool, zeroed
-    in the graph, since the graph may be replayed on any stream.
+    Calls on one stream run one after another and share them. A captured call gets its own, since its graph may be
+    replayed on any stream: room from the graph's pool, and counters from GRAPH_COUNTERS zeros that an earlier call
+    made. Where none or too few are left the graph itself makes its zeros, at the cost of one more kernel a replay.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
+        return torch.empty(n_floats, dtype=torch.float32), torch.zeros(n_counters, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
         parts = torch.empty(n_floats, dtype=torch.float32, device=device)
+        with _graph_lock:
+            zeros = _graph_counters.get(device.index)
+            if zeros is not None and zeros.numel() >= n_counters:
+                _graph_counters[device.index] = zeros[n_counters:]
+                return parts, zeros[:n_counters]
         return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
     known = _workspaces.get((device.index, stream))
     if known is None or known[0].numel() < n_floats or known[1].numel() < n_counters:
         parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
         counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
         known = _workspaces[device.index, stream] = parts, counters
+        if device.index not in _graph_counters:
+            _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()  # zeros on every stream from here on
     return known
