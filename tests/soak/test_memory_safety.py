@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 
 import pytest
 import torch
 from torch import Tensor
 
+from nsa_sel import tuning
 from nsa_sel.bench import gate
 
 B, S, G, H, D, S_KV = 2, 3, 2, 4, 64, 700
@@ -19,6 +22,32 @@ SENTINEL = 1234.0
 NAN_BITS = [0x7FC00000, 0x7F800001, 0xFFC00000 - 2**32, 0x7FF8000000000000, 0x7FF0000000000001, -(2**51)]
 EDGES = [-1, 0, 1, S_KV - 1, S_KV, S_KV + 1, 2**31 - 1, 2**31, 2**31 + 5, -(2**31), -(2**31) - 1, 2**32 + 7]
 EDGES += [2**63 - 1, -(2**63), *NAN_BITS]
+COMPILE_LIMIT_S = 150  # for all variants; a worker that died is waited for in vain
+
+
+def compile_one(job: tuple[tuning.LaunchConfig, int, torch.dtype]) -> None:
+    """Leave a variant in Triton's disk cache: run it once, in a process of its own, on a row that selects nothing."""
+    from nsa_sel import triton_fwd
+
+    config, n_spans, dtype = job
+    q = torch.zeros(1, 1, 1, H, D, dtype=torch.bfloat16, device="cuda")
+    kv = torch.zeros(1, 1, 256, D, dtype=torch.bfloat16, device="cuda")
+    triton_fwd.forward(q, kv, kv, torch.zeros(1, 1, 1, n_spans, 2, dtype=dtype, device="cuda"), launch=config)
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="module")
+def configs() -> list[tuning.LaunchConfig]:
+    """Return the variants, compiled on all cores: one after another they take minutes."""
+    from test_variants import covering
+
+    found = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
+    if torch.cuda.get_device_capability() < (9, 0):
+        found = [config for config in found if config.load != "tma"]
+    jobs = [(config, *kind) for config in found for kind in KINDS]
+    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
+        pool.map_async(compile_one, jobs, chunksize=1).get(COMPILE_LIMIT_S)
+    return found
 
 
 def guarded(x: Tensor, between: bool) -> Tensor:
@@ -66,14 +95,9 @@ def expected(logits: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("n_spans", "dtype"), KINDS, ids=str)
-def test_wild_ranges_between_poisoned_guards(n_spans, dtype, say):
-    from test_variants import covering
-
+def test_wild_ranges_between_poisoned_guards(n_spans, dtype, configs, say):
     from nsa_sel import triton_fwd
 
-    configs = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
-    if torch.cuda.get_device_capability() < (9, 0):
-        configs = [config for config in configs if config.load != "tma"]
     generator = torch.Generator().manual_seed(n_spans)
     torch.manual_seed(n_spans)
     q = torch.randn(B, S, G, H, D).bfloat16().cuda()
