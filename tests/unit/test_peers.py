@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -93,7 +94,7 @@ def test_what_runs_on_the_cpu_is_right(case, method):
     state = CaseState(case, OnceTimer())
     form = peers.prepare(state, method)
     assert methods.check(state, form) < 1e-3
-    assert form.details["peer"] == f"torch {torch.__version__}"
+    assert form.details["peer"] == f"torch {importlib.metadata.version('torch')}"
 
 
 def test_dense_is_not_judged_by_the_selection():
@@ -274,4 +275,4 @@ def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
     lines, notes = report.peers(saved, Saved.load(saved))
     (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
     assert cells["triton"] == "n/a [1]" and float(cells["dense"]) > 0 and float(cells["packed_sdpa"]) > 0
-    assert "[1] triton: no GPU" in notes and f"dense: torch {torch.__version__}" in notes
+    assert "[1] triton: no GPU" in notes and f"dense: torch {importlib.metadata.version('torch')}" in notes
