@@ -213,6 +213,7 @@ class Plan:
             return out
         k_desc = v_desc = None
         if self.tma:
+            _bind_context()
             k_desc = _descriptor(k, self.config.block_l, self.config.block_d)
             v_desc = _descriptor(v, self.config.block_l, self.config.block_dv)
         try:
@@ -229,6 +230,7 @@ class Plan:
 
     def _describe(self, describe: Callable[[Any, int], list], k: Tensor, v: Tensor) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
+        _bind_context()
         made = (
             *describe(_descriptor(k, self.config.block_l, self.config.block_d), 0),
             *describe(_descriptor(v, self.config.block_l, self.config.block_dv), 1),
@@ -284,6 +286,16 @@ def _tma_fits(x: Tensor) -> bool:
     one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
     aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= width
     return one_matrix and aligned and 0 < B * G * S_kv < 2**31
+
+
+def _bind_context() -> None:
+    """Give this thread the CUDA context that making a TMA descriptor takes for granted.
+
+    A new thread has none before its first call of the CUDA runtime, and cached memory is had without one. This call is
+    the cheapest that gives it, and is legal during capture.
+    """
+    if not INTERPRETED:
+        torch.cuda.is_current_stream_capturing()
 
 
 def _descriptor(x: Tensor, block_l: int, width: int) -> Any:

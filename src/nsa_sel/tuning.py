@@ -124,12 +124,15 @@ def choose(
         if not has_tma:
             return config("whole", 32, 1, 2)
         return config("tma", 64, 1, 2, registers=216) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=144)
+    if n_spans == 1 and has_tma and max_len > 32 and D + Dv <= 256:
+        return config(*_one_span(N, max_len, D + Dv, sm_count))
     if max_len <= 16:
         return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
     if max_len <= 32:
         return config("gather", 32, 2, 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
     # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
-    whole = mean_span >= 64 and ((n_spans == 1 and has_tma) or n_spans > 8)
+    # A block of 64 that ends at the context may be shorter, so that the mean of more than 8 may fall to 57.
+    whole = mean_span >= (56 if n_spans > 8 else 64) and ((n_spans == 1 and has_tma) or n_spans > 8)
     if rows_per_sm >= 4 and not whole:
         return config("gather", 16, 1, 3)
     if rows_per_sm >= 4 and max_len <= 256:
@@ -142,15 +145,37 @@ def choose(
             return config("gather", 128, 4, 2) if max_len <= 128 else config("gather", 64, 2, 3)
         return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, splits)
     if whole and max_len > 64:
-        return config(tiles, 64, 4, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
+        return config(tiles, 64, 4 if Dv > 64 else 2, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
     if rows_per_sm < 1 and max_len >= 128:
         return config("gather", 128, 4, 3, splits)
     return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
 
 
+def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int, int, int, int]:
+    """Choose load, tile, warps, stages and splits for rows of one span, D + Dv = width up to 256, with TMA."""
+    if N >= 4 * sm_count:  # many programs a multiprocessor: small ones
+        if width <= 192 and max_len <= 256:
+            return "gather", 16, 1, 3, 1
+        return ("tma", 128, 2, 2, 1) if width <= 192 else ("tma", 64, 4 if max_len <= 64 else 2, 2, 1)
+    if max_len <= 64:
+        return ("tma", 64, 2, 2, 1) if N >= sm_count and width > 128 else ("gather", 64, 2 if width <= 128 else 4, 2, 1)
+    if N >= sm_count:
+        return "tma", 128, 2, 2, 1
+    # One program a multiprocessor, or less: large tiles, and parts only where the merge costs less than they gain.
+    splits = 1
+    if max_len > 256 and sm_count >= 4 * N:
+        splits = min(max_len // 128, sm_count // N, MAX_SPLITS)
+    elif max_len >= 1024 and width <= 192:
+        splits = min(4, 2 * sm_count // N)
+    elif max_len > 1024:
+        splits = max(1, sm_count // N)
+    part = -(-max_len // splits)
+    return ("tma", 128 if part <= 128 else 256, 4, 2, splits) if part <= 256 else ("tma", 128, 4, 3, splits)
+
+
 def _splits(N: int, max_len: int, sm_count: int) -> int:
     """Split rows until the programs fill the GPU, as long as each part keeps enough tokens to pay for the merge."""
-    tokens = 128 if sm_count >= N * 16 else 256
+    tokens = 128 if sm_count >= N * 16 else 256 if sm_count >= N * 4 else 512
     return max(1, min(sm_count // max(N, 1), max_len // tokens, MAX_SPLITS))
 
 

@@ -147,6 +147,23 @@ def test_triton_sel_parity_from_streams_and_threads_at_once():
     assert wrong == []
 
 
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_triton_sel_parity_of_a_new_thread_s_first_call(case):
+    """Its memory comes from torch's cache, so that the call is the first that needs a CUDA context in this thread."""
+    q, k, v, ranges = inputs = tensors(case)
+    want = [call(case, inputs)()]
+    moved = (q, k.clone(), v.clone(), ranges)  # new addresses: descriptors are made again
+    got: list = []
+    free = torch.empty_like(want[0])
+    torch.cuda.synchronize()
+    del free
+    thread = threading.Thread(target=lambda: got.append(call(case, moved)()))
+    thread.start()
+    thread.join()
+    assert len(got) == 1 and torch.equal(got[0], want[0])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_triton_sel_parity_on_a_device_that_is_not_current():
     for case in CASES:

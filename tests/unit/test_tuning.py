@@ -56,7 +56,7 @@ def test_every_choice_can_run(gpu):
         assert tuning.shared_memory(config, H, D, Dv, element_bytes) <= shared_bytes, config
         assert config.block_d * tuning.MAX_CHUNKS >= D
         assert config.block_dv * tuning.MAX_CHUNKS >= Dv
-        assert config.splits == 1 or (N * config.splits <= sm_count and max_len >= 64 * config.splits)
+        assert config.splits == 1 or (N * config.splits <= 2 * sm_count and max_len >= 64 * config.splits)
     assert len(seen) > 10
 
 
@@ -73,6 +73,7 @@ def test_chunks_cover_a_width_with_little_padding(width):
 def test_few_long_rows_are_split_and_many_are_not():
     assert choose("sm_90", N=4, max_len=65536, n_spans=1).splits == 33
     assert choose("sm_90", N=64, max_len=1024).splits == 2
+    assert choose("sm_90", N=64, max_len=1024, n_spans=1).splits == 1  # here one program a row in large tiles is faster
     assert choose("sm_90", N=64, max_len=256).splits == 1
     assert choose("sm_90", N=1024, max_len=1024).splits == 1
 
