@@ -145,7 +145,8 @@ def choose(
             return config("gather", 128, 4, 2) if max_len <= 128 else config("gather", 64, 2, 3)
         return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, splits)
     if whole and max_len > 64:
-        return config(tiles, 64, 4 if Dv > 64 else 2, 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3, splits)
+        stages = 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3
+        return config(tiles, 64, 4 if Dv > 64 else 2, stages, splits)
     if rows_per_sm < 1 and max_len >= 128:
         return config("gather", 128, 4, 3, splits)
     return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
@@ -153,13 +154,14 @@ def choose(
 
 def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int, int, int, int]:
     """Choose load, tile, warps, stages and splits for rows of one span, D + Dv = width up to 256, with TMA."""
-    if N >= 4 * sm_count:  # many programs a multiprocessor: small ones
+    rows_per_sm = N / sm_count
+    if rows_per_sm >= 4:  # small programs
         if width <= 192 and max_len <= 256:
             return "gather", 16, 1, 3, 1
         return ("tma", 128, 2, 2, 1) if width <= 192 else ("tma", 64, 4 if max_len <= 64 else 2, 2, 1)
     if max_len <= 64:
-        return ("tma", 64, 2, 2, 1) if N >= sm_count and width > 128 else ("gather", 64, 2 if width <= 128 else 4, 2, 1)
-    if N >= sm_count:
+        return ("tma", 64, 2, 2, 1) if rows_per_sm >= 1 and width > 128 else ("gather", 64, 2 if width <= 128 else 4, 2, 1)
+    if rows_per_sm >= 1:
         return "tma", 128, 2, 2, 1
     # One program a multiprocessor, or less: large tiles, and parts only where the merge costs less than they gain.
     splits = 1
