@@ -160,7 +160,9 @@ def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int
             return "gather", 16, 1, 3, 1
         return ("tma", 128, 2, 2, 1) if width <= 192 else ("tma", 64, 4 if max_len <= 64 else 2, 2, 1)
     if max_len <= 64:
-        return ("tma", 64, 2, 2, 1) if rows_per_sm >= 1 and width > 128 else ("gather", 64, 2 if width <= 128 else 4, 2, 1)
+        if width <= 128:
+            return "gather", 64, 2, 2, 1
+        return ("tma", 64, 2, 2, 1) if rows_per_sm >= 1 else ("gather", 64, 4, 2, 1)
     if rows_per_sm >= 1:
         return "tma", 128, 2, 2, 1
     # One program a multiprocessor, or less: large tiles, and parts only where the merge costs less than they gain.
