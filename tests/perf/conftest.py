@@ -106,7 +106,7 @@ def _saved(session: Any) -> list[str]:
     """Return the files that the run was saved in."""
     if session is None or not session.benchmarks:
         return []
-    files = [str(session.json)] if session.json else []
+    files = [str(getattr(session.json, "name", session.json))] if session.json else []  # a file before 5.3
     if session.save or session.autosave:
         storage = session.storage
         found = sorted(Path(storage.path, storage.default_machine_id or "").glob("[0-9]*.json"))
