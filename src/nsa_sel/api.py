@@ -92,7 +92,7 @@ def selection_attention(
     if chosen == "triton":
         try:
             plan_key = key if hinted or backend == "triton" else None
-            return _triton(q, k, v, ranges, scale, max_len, return_lse, config, plan_key)
+            return _triton(q, k, v, ranges, scale, min_len, max_len, return_lse, config, plan_key)
         except KernelFailed as error:
             if backend != "auto":
                 raise
@@ -119,6 +119,7 @@ def _triton(
     v: Tensor,
     ranges: Tensor,
     scale: float | None,
+    min_len: int | None,
     max_len: int | None,
     return_lse: bool,
     config: SelConfig,
@@ -129,8 +130,8 @@ def _triton(
 
     if return_lse:
         lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-        return triton_fwd.forward(q, k, v, ranges, scale=scale, max_len=max_len, lse=lse), lse
-    plan = triton_fwd.Plan(q, k, v, ranges, scale, max_len)
+        return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len, lse=lse), lse
+    plan = triton_fwd.Plan(q, k, v, ranges, scale, min_len, max_len)
     out = plan.run(q, k, v, ranges, None, None)
     if key is not None:
         triton_fwd.remember(_plans, key, (config, plan))

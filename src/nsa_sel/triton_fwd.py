@@ -75,13 +75,14 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
 def launch_config(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
 ) -> LaunchConfig:
-    """Return the launch that `forward` uses for these tensors. min_len has no influence: the kernel does not pad."""
+    """Return the launch that `forward` uses for these tensors."""
     B, S, G, H, D = q.shape
     sm_count, shared_bytes, has_tma = _device_facts(q.device)
     call: dict[str, Any] = {
         "N": B * S * G, "H": H, "D": D, "Dv": v.shape[3], "n_spans": ranges.shape[3], "shared_kv": S > 1,
         "element_bytes": q.element_size(), "sm_count": sm_count,
         "has_tma": has_tma and _tma_fits(k) and _tma_fits(v),
+        "one_length": max_len is not None and min_len == max_len,
     }  # fmt: skip
     if q.device.type == "cuda":
         tuned = tuned_table.lookup(torch.cuda.get_device_name(q.device), max_len=max_len, **call)
@@ -114,15 +115,14 @@ def forward(
     """Run the kernel on arguments that `api` has checked; no routing.
 
     out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len is not used, as nothing
-    is padded.
+    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len, max_len: as `api` takes them.
 
     Raises: ValueError if the forced variant cannot run these tensors; KernelFailed if it does not compile or start.
     """
-    key = (call_key(q, k, v, ranges), scale, max_len, launch)
+    key = (call_key(q, k, v, ranges), scale, min_len, max_len, launch)
     plan = _plans.get(key)
     if plan is None:
-        plan = remember(_plans, key, Plan(q, k, v, ranges, scale, max_len, launch))
+        plan = remember(_plans, key, Plan(q, k, v, ranges, scale, min_len, max_len, launch))
     return plan.run(q, k, v, ranges, out, lse)
 
 
@@ -135,7 +135,7 @@ def remember(plans: dict[tuple, Any], key: tuple, plan: Any) -> Any:
 
 
 class Plan:
-    """Everything about a call that its pointers do not change, keyed by `call_key`, scale, max_len and launch."""
+    """Everything about a call that its pointers do not change, keyed by `call_key`, scale, hints and launch."""
 
     def __init__(
         self,
@@ -144,13 +144,14 @@ class Plan:
         v: Tensor,
         ranges: Tensor,
         scale: float | None,
+        min_len: int | None,
         max_len: int | None,
         launch: LaunchConfig | None = None,
     ) -> None:
         B, S, G, H, D = q.shape
         S_kv, Dv, n_spans = k.shape[2], v.shape[3], ranges.shape[3]
-        self.config = config = launch or launch_config(q, k, v, ranges, max_len=max_len)
-        self.arguments = (scale, max_len, launch)
+        self.config = config = launch or launch_config(q, k, v, ranges, min_len=min_len, max_len=max_len)
+        self.arguments = (scale, min_len, max_len, launch)
         self.dtype, self.device = q.dtype, q.device
         self.out_shape = (B, S, G, H, Dv)
         self.out_stride = (S * G * H * Dv, G * H * Dv, H * Dv, Dv, 1)
@@ -194,8 +195,7 @@ class Plan:
         )  # fmt: skip
         aligned = not (q_at | k_at | v_at | ranges_at | out_at) & 15
         if self.tma and not aligned and (k_at | v_at) & 15:
-            scale, max_len, launch = self.arguments
-            return Plan(q, k, v, ranges, scale, max_len, launch).run(q, k, v, ranges, out, lse)
+            return Plan(q, k, v, ranges, *self.arguments).run(q, k, v, ranges, out, lse)
         _launches += 1
         parts = counters = None
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(self.device.index)

@@ -128,12 +128,16 @@ def lookup(
     element_bytes: int,
     sm_count: int,
     has_tma: bool,
+    one_length: bool = False,
 ) -> LaunchConfig | None:
     """Return the tuned launch for a call, None where the table has none or the call's length is not known.
 
     Arguments as of `tuning.choose`. has_tma: the call's tensors fit TMA descriptors; if not, a launch that needs them
-    is not returned.
+    is not returned. Rows of one span have an entry only if they have one length, as those had that it was measured on:
+    its tiles may be longer than a shorter row.
     """
+    if n_spans == 1 and not one_length:
+        return None
     if max_len is None or min(N, n_spans, max_len) < 1 or _ignored.get():
         return None
     entries = _entries(gpu)

@@ -95,11 +95,12 @@ def choose(
     sm_count: int,
     shared_bytes: int,
     has_tma: bool,
+    one_length: bool = False,
 ) -> LaunchConfig:
     """Choose the launch for N rows of at most max_len tokens on a GPU with sm_count multiprocessors.
 
     shared_kv: several rows of a group attend to the same K and V (S > 1). element_bytes: 2 or 4. shared_bytes: what a
-    program may use.
+    program may use. one_length: every row has max_len tokens.
     """
     block_d, block_dv = chunk_width(D), chunk_width(Dv)
     row_warps = max(16, next_power_of_2(H)) // 16  # warps that one tile of heads can keep busy without sharing its rows
@@ -124,8 +125,10 @@ def choose(
         if not has_tma:
             return config("whole", 32, 1, 2)
         return config("tma", 64, 1, 2, registers=216) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=144)
-    if n_spans == 1 and has_tma and max_len > 32 and D + Dv <= 256:
-        return config(*_one_span(N, max_len, D + Dv, sm_count))
+    if n_spans == 1 and one_length and has_tma and max_len > 32 and D + Dv <= 256:
+        large = config(*_one_span(N, max_len, D + Dv, sm_count))
+        if large.load == "gather" or max_len % large.block_l == 0:  # what a tile leaves over is gathered, slowly
+            return large
     if max_len <= 16:
         return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
     if max_len <= 32:
@@ -153,7 +156,7 @@ def choose(
 
 
 def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int, int, int, int]:
-    """Choose load, tile, warps, stages and splits for rows of one span, D + Dv = width up to 256, with TMA."""
+    """Choose load, tile, warps, stages and splits for rows of one span and length, D + Dv = width <= 256, with TMA."""
     rows_per_sm = N / sm_count
     if rows_per_sm >= 4:  # small programs
         if width <= 192 and max_len <= 256:

@@ -63,7 +63,7 @@ def test_two_hundred_thousand_calls(say):
     kinds, fixed = set(), 1 + len(kernels.SIZE_ARGS) + len(kernels.STRIDE_ARGS)  # before them: run-time arguments
     for each in (*hot, *cold):
         given = tensors(*each)
-        plan = triton_fwd.Plan(*given, None, each[-1] * LONGEST)
+        plan = triton_fwd.Plan(*given, None, 0, each[-1] * LONGEST)
         kinds.add((given[0].dtype, plan.values[fixed:], tuple(plan.options.items()), plan.tma))
     before = compiled()
     times = torch.empty(CALLS - WARM_UP, dtype=torch.float64)

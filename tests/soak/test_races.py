@@ -35,7 +35,8 @@ def splits() -> int:
     for rows, H, D, n_spans, length in SHAPES:
         q, kv = torch.empty(1, rows, 1, H, D).bfloat16().cuda(), torch.empty(1, 1, S_KV, D).bfloat16().cuda()
         ranges = torch.zeros(1, rows, 1, n_spans, 2, dtype=torch.int32, device="cuda")
-        found += triton_fwd.launch_config(q, kv, kv, ranges, max_len=n_spans * length).splits > 1
+        L = n_spans * length
+        found += triton_fwd.launch_config(q, kv, kv, ranges, min_len=L, max_len=L).splits > 1
     return found
 
 

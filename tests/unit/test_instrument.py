@@ -150,7 +150,8 @@ def test_every_hot_method_is_measured_with_all_times(bench):
 def test_a_planted_share_is_added_to_a_planted_benchmark_only(bench):
     from nsa_sel.bench.measure import is_planted
 
-    hot = [(case, method) for case in cases.matrix("hot") for method in case.methods if method == "triton"]
+    long = [case for case in cases.matrix("hot") if case.L >= 512 and case.N == 1024]  # 5 % is beyond the timer's tick
+    hot = [(case, method) for case in long for method in case.methods]
     slowed = Bench(plant=0.15)
     for wanted in (True, False):
         case, method = next(pair for pair in hot if is_planted(*pair) == wanted)

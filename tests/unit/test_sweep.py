@@ -272,6 +272,7 @@ def lookup(case):
         element_bytes=2,
         sm_count=H200.sm_count,
         has_tma=True,
+        one_length=True,
     )
 
 

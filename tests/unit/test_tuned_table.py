@@ -42,7 +42,16 @@ def write(folder, tuned):
 
 
 def lookup(gpu=GPU, has_tma=True, **call):
-    return tuned_table.lookup(gpu, **CALL | call, has_tma=has_tma)
+    return tuned_table.lookup(gpu, **CALL | {"one_length": True} | call, has_tma=has_tma)
+
+
+def test_rows_of_one_span_and_several_lengths_have_no_entry(folders):
+    write(folders[1], table(n_spans=1))
+    assert lookup(n_spans=1) == TUNED
+    assert lookup(n_spans=1, one_length=False) is None
+    write(folders[1], table(n_spans=8))
+    tuned_table.forget()
+    assert lookup(n_spans=8, one_length=False) == TUNED
 
 
 def test_without_a_table_nothing_is_found_and_nothing_is_said(folders, recwarn):

@@ -36,10 +36,10 @@ def test_every_choice_can_run(gpu):
     sm_count, shared_bytes, has_tma = GPUS[gpu]
     calls = itertools.product(
         (1, 32, 64, 256, 16384), (1, 4, 17, 64), (16, 80, 128, 192, 256), (16, 128, 256), (1, 8, 16, 1024),
-        (0, 1, 16, 64, 512, 1024, 65536), (False, True), (2, 4),
+        (0, 1, 16, 64, 512, 1000, 1024, 65536), (False, True), (2, 4), (False, True),
     )  # fmt: skip
     seen = set()
-    for N, H, D, Dv, n_spans, max_len, shared_kv, element_bytes in calls:
+    for N, H, D, Dv, n_spans, max_len, shared_kv, element_bytes, one_length in calls:
         config = choose(
             gpu,
             N=N,
@@ -50,6 +50,7 @@ def test_every_choice_can_run(gpu):
             max_len=max_len,
             shared_kv=shared_kv,
             element_bytes=element_bytes,
+            one_length=one_length,
         )
         seen.add(config)
         assert config.load != "tma" or has_tma
@@ -73,9 +74,19 @@ def test_chunks_cover_a_width_with_little_padding(width):
 def test_few_long_rows_are_split_and_many_are_not():
     assert choose("sm_90", N=4, max_len=65536, n_spans=1).splits == 33
     assert choose("sm_90", N=64, max_len=1024).splits == 2
-    assert choose("sm_90", N=64, max_len=1024, n_spans=1).splits == 1  # here one program a row in large tiles is faster
+    one = {"n_spans": 1, "one_length": True}
+    assert choose("sm_90", N=64, max_len=1024, **one).splits == 1  # here one program a row in large tiles is faster
     assert choose("sm_90", N=64, max_len=256).splits == 1
     assert choose("sm_90", N=1024, max_len=1024).splits == 1
+
+
+@pytest.mark.parametrize("change", [{"one_length": False}, {"max_len": 1000}, {"n_spans": 4}])
+def test_tiles_longer_than_64_are_for_rows_that_they_fill(change):
+    """What a tile leaves over is gathered in small ones."""
+    call = {"N": 64, "n_spans": 1, "max_len": 1024, "one_length": True}
+    assert choose("sm_90", **call).load == "tma" and choose("sm_90", **call).block_l > 64
+    config = choose("sm_90", **{**call, **change})
+    assert config.load == "gather" or config.block_l == 64
 
 
 def test_prefill_runs_one_warp_a_program_through_whole_tiles():

@@ -101,7 +101,7 @@ def _source(variant: Variant) -> tuple:
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
-    plan = triton_fwd.Plan(q, k, v, ranges, None, None, config)
+    plan = triton_fwd.Plan(q, k, v, ranges, None, None, None, config)
     descriptors = [None, None]
     if plan.tma:
         blocks = (k, config.block_d), (v, config.block_dv)

@@ -47,13 +47,14 @@ class Shape:
     n_spans: int
     max_len: int
     shared_kv: bool = False
+    one_length: bool = False
 
 
 # One of each kind of call, for the sample; the widths and heads are the corners.
 SAMPLE = (
     Shape(1024, 8, 128, 128, 8, 512),  # many rows
     Shape(64, 4, 64, 64, 1, 16),  # short ones
-    Shape(256, 8, 128, 128, 1, 1024),  # one long span each
+    Shape(256, 8, 128, 128, 1, 1024, one_length=True),  # one long span each
     Shape(4, 16, 128, 128, 16, 1024),  # decode
     Shape(4, 16, 128, 128, 1024, 65_536),  # its longest context
     Shape(16_384, 16, 192, 128, 16, 1024, shared_kv=True),  # prefill, NSA's own widths
@@ -104,8 +105,9 @@ def _matrix() -> frozenset[Shape]:
     shapes = set()
     for case in cases.matrix("full"):
         longest = 3 * case.L if case.family == "ragged" else case.L  # of a ragged case L is the mean
-        shapes.add(Shape(case.N, case.H, case.D, case.Dv, case.n_spans, longest, shared_kv=case.S > 1))
-        shapes.add(Shape(case.N, case.H, case.D, case.Dv, 1, longest))
+        same = case.family != "ragged"
+        shapes.add(Shape(case.N, case.H, case.D, case.Dv, case.n_spans, longest, case.S > 1, same))
+        shapes.add(Shape(case.N, case.H, case.D, case.Dv, 1, longest, one_length=same))
     return frozenset(shapes)
 
 
@@ -145,7 +147,8 @@ def _all_shapes() -> list[Shape]:
     heads = (1, 16, 17, 64)
     spans = (2, *tuning.SPAN_BUCKETS)
     lengths = (16, 32, 64, 128, 256, 512, 1024, 65_536)
-    return [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, (False, True))]
+    both = (False, True)
+    return [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, both, both)]
 
 
 def _chunks(width: int) -> tuple[int, int]:

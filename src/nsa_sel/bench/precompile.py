@@ -73,7 +73,8 @@ def blank(case: Case, core: bool, device: str) -> Inputs:
     q = torch.empty(B, S, G, case.H, case.D, dtype=dtype, device=device)
     k = torch.empty(B, G, S_kv, case.D, dtype=dtype, device=device)
     v = torch.empty(B, G, S_kv, case.Dv, dtype=dtype, device=device)
-    return Inputs(q, k, v, torch.zeros(B, S, G, n_spans, 2, dtype=torch.int32, device=device), 0, longest)
+    shortest = 0 if case.family == "ragged" else longest
+    return Inputs(q, k, v, torch.zeros(B, S, G, n_spans, 2, dtype=torch.int32, device=device), shortest, longest)
 
 
 def compile_one(job: Job) -> float | None:

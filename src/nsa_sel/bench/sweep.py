@@ -70,15 +70,16 @@ def default_folder(gpu: str) -> Path:
 
 
 def select(args: argparse.Namespace) -> list[Case]:
-    """Return the cases that the arguments name.
+    """Return the cases that the arguments name, but for ragged ones: their rows of one span take no entry of a table.
 
     Raises: ValueError for an unknown family, or if none is left.
     """
     given = bool(args.matrix or args.family or args.k)
     chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
     chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
+    chosen = [case for case in chosen if case.family != "ragged"]
     if not chosen:
-        raise ValueError("no case of the matrix has all of these in its id: " + ", ".join(args.k))
+        raise ValueError(f"no case of the matrix but ragged ones has all of these in its id: {', '.join(args.k)}")
     return chosen
 
 

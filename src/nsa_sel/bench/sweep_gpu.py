@@ -11,7 +11,7 @@ from nsa_sel import triton_fwd, tuned_table
 from nsa_sel.bench import gate, methods, sweep_compile, timing
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.inputs import TORCH_DTYPES
-from nsa_sel.bench.sweep_space import Gpu, longest_row
+from nsa_sel.bench.sweep_space import Gpu
 from nsa_sel.tuning import LaunchConfig
 
 WARM_UP_ROUNDS = 2000  # of an idle GPU's clocks: half a second
@@ -45,7 +45,7 @@ class GpuBench:
         dtype = TORCH_DTYPES[case.dtype]
         tensors = _empty(case.B, case.S, case.G, case.H, case.D, case.Dv, case.n_spans, case.S_kv, dtype)
         with tuned_table.ignored():
-            return triton_fwd.launch_config(*tensors, max_len=longest_row(case))
+            return triton_fwd.launch_config(*tensors, min_len=case.L, max_len=case.L)
 
     def open(self, case: Case) -> None:
         """Make the case's tensors, the oracle's rows and packed SDPA's; free those of the case before.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from nsa_sel import tuning
 from nsa_sel.bench.cases import Case
-from nsa_sel.bench.inputs import ragged_lengths
 from nsa_sel.tuned_table import Key
 from nsa_sel.tuning import LaunchConfig, chunk_width, next_power_of_2
 
@@ -66,23 +65,18 @@ def key(case: Case, gpu: Gpu) -> Key:
         D=case.D,
         Dv=case.Dv,
         n_spans=case.n_spans,
-        max_len=longest_row(case),
+        max_len=case.L,
         shared_kv=case.S > 1,
         element_bytes=ELEMENT_BYTES[case.dtype],
         sm_count=gpu.sm_count,
     )
 
 
-def longest_row(case: Case) -> int:
-    """Return the tokens of the case's longest row, which is what it passes as max_len."""
-    return max(ragged_lengths(case)) if case.family == "ragged" else case.L
-
-
 def longest_span(case: Case) -> int:
     """Return the most tokens that a span of the case may have."""
     if case.block:
         return case.block
-    return case.L // case.n_spans if case.layout == "many" else longest_row(case)
+    return case.L // case.n_spans if case.layout == "many" else case.L
 
 
 def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
@@ -137,7 +131,7 @@ def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
 
 def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
     """Tell whether a sixteenth of the multiprocessors would have a program, though the row could be split further."""
-    return 16 * case.N * launch.splits < gpu.sm_count and longest_row(case) >= 2 * launch.splits * launch.block_l
+    return 16 * case.N * launch.splits < gpu.sm_count and case.L >= 2 * launch.splits * launch.block_l
 
 
 Rule = Callable[[LaunchConfig, Case, Gpu], bool]
@@ -156,10 +150,10 @@ RULES: dict[str, Rule] = {
         c.load in WHOLE_LOADS and c.block_l > longest_span(case)
     ),
     "tiles more than twice as long as a row (or, span by span, a span)": lambda c, case, gpu: (
-        c.block_l > max(16, 2 * (longest_span(case) if c.load == "span" else longest_row(case)))
+        c.block_l > max(16, 2 * (longest_span(case) if c.load == "span" else case.L))
     ),
     "more splits than tiles or spans": lambda c, case, gpu: (
-        c.splits > 1 and (longest_row(case) < c.splits * c.block_l or (c.load == "span" and c.splits > case.n_spans))
+        c.splits > 1 and (case.L < c.splits * c.block_l or (c.load == "span" and c.splits > case.n_spans))
     ),
     "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
         c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
