@@ -131,7 +131,7 @@ def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
 
 def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
     """Tell whether a sixteenth of the multiprocessors would have a program, though the row could be split further."""
-    return 16 * case.N * launch.splits < gpu.sm_count and case.L >= 2 * launch.splits * launch.block_l
+    return 16 * case.N * launch.splits < gpu.sm_count and 2 * launch.splits * launch.block_l <= case.L
 
 
 Rule = Callable[[LaunchConfig, Case, Gpu], bool]
@@ -153,7 +153,7 @@ RULES: dict[str, Rule] = {
         c.block_l > max(16, 2 * (longest_span(case) if c.load == "span" else case.L))
     ),
     "more splits than tiles or spans": lambda c, case, gpu: (
-        c.splits > 1 and (case.L < c.splits * c.block_l or (c.load == "span" and c.splits > case.n_spans))
+        c.splits > 1 and (c.splits * c.block_l > case.L or (c.load == "span" and c.splits > case.n_spans))
     ),
     "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
         c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
