@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import nsa_sel
 from nsa_sel import reference
 
 ROOT = Path(__file__).parents[2]
+DAMAGED, HOW = ("json", "cubin", "all but libraries"), ("empty", "half")
 
 CALL = """
 import resource, sys, warnings
@@ -43,53 +46,64 @@ print(len(said), route.backend, explicit.replace("\\n", "|"), sep="\\n")
 """
 
 
-def call(cache: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Run CALL in a process of its own; return the number of warnings, auto's route afterwards, what "triton" said."""
+def begin(cache: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Begin CALL in a process of its own, with this folder for compiled kernels."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(cache), **environment}
     command = [sys.executable, "-c", CALL, *arguments]
-    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    warned, route, explicit = done.stdout.splitlines()
+    return subprocess.Popen(command, env=env, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Wait for CALL; return the number of warnings, auto's route afterwards, and what "triton" said."""
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, out + errors
+    warned, route, explicit = out.splitlines()
     return int(warned), route, explicit
 
 
 @pytest.fixture(scope="module")
-def whole_cache(tmp_path_factory) -> Path:
-    """Return the cache of a machine in order."""
-    cache = tmp_path_factory.mktemp("whole") / "kernels"
-    assert call(cache) == (0, "triton", "ran")
-    return cache
+def begun(tmp_path_factory) -> Iterator[dict[str, tuple[subprocess.Popen, int]]]:
+    """Begin one process for each fault, all at once; of each also how many files are damaged."""
+    folder, found = tmp_path_factory.mktemp("faults"), {}
+    whole = folder / "whole"
+    in_order = begin(whole)
+    (folder / "in the way").touch()  # as a read-only folder, which root could write to
+    try:
+        found["no compiler"] = begin(folder / "no compiler", CC=str(folder / "nowhere")), 0
+        found["no folder"] = begin(folder / "in the way" / "below"), 0
+        found["full"] = begin(folder / "full", "full"), 0
+        assert outcome(in_order) == (0, "triton", "ran")
+        for which, how in itertools.product(DAMAGED, HOW):
+            cache = folder / f"{which} {how}"
+            shutil.copytree(whole, cache)
+            files = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".so"]
+            chosen = [path for path in files if which.startswith("all") or path.suffix == f".{which}"]
+            for path in chosen:
+                path.write_bytes(b"" if how == "empty" else path.read_bytes()[: path.stat().st_size // 2])
+            found[cache.name] = begin(cache), len(chosen)
+        yield found
+    finally:
+        for process in (in_order, *(process for process, _ in found.values())):
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("fault", ("no compiler", "no folder", "full"))
-def test_a_kernel_that_cannot_be_built(tmp_path, fault, say):
-    cache = tmp_path / "kernels"
-    if fault == "no compiler":
-        outcome = call(cache, CC=str(tmp_path / "nowhere"))
-    elif fault == "no folder":  # as a read-only one, which root could write to
-        cache.write_text("in the way")
-        outcome = call(cache / "below")
-    else:
-        outcome = call(cache, "full")
-    warned, route, explicit = outcome
+def test_a_kernel_that_cannot_be_built(begun, fault, say):
+    warned, route, explicit = outcome(begun[fault][0])
     say(f"faults: {fault}: {explicit[:200]}")
     assert (warned, route) == (1, "packed_sdpa")
     assert "cannot be compiled or started: " in explicit
 
 
-@pytest.mark.parametrize("how", ("empty", "half"))
-@pytest.mark.parametrize("which", ("json", "cubin", "all but libraries"))
-def test_a_damaged_cache(whole_cache, tmp_path, which, how, say):
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("which", DAMAGED)
+def test_a_damaged_cache(begun, which, how, say):
     """Shared libraries stay whole: half of one may end a process before anybody can say why."""
-    cache = tmp_path / "kernels"
-    shutil.copytree(whole_cache, cache)
-    files = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".so"]
-    chosen = [path for path in files if which.startswith("all") or path.suffix == f".{which}"]
-    assert chosen
-    for path in chosen:
-        path.write_bytes(b"" if how == "empty" else path.read_bytes()[: path.stat().st_size // 2])
-    warned, route, explicit = call(cache)
-    say(f"faults: cache with damaged {which} ({how}, {len(chosen)} files): {explicit[:200]}")
+    process, files = begun[f"{which} {how}"]
+    assert files
+    warned, route, explicit = outcome(process)
+    say(f"faults: cache with damaged {which} ({how}, {files} files): {explicit[:200]}")
     assert (warned, route, explicit) == (0, "triton", "ran") or (
         (warned, route) == (1, "packed_sdpa") and "cannot be compiled or started: " in explicit
     )

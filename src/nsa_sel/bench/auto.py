@@ -99,16 +99,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     gpu = torch.cuda.get_device_name()
     timer, chosen, worst, late = DeviceTimer(), Counter[str](), dict.fromkeys(KINDS, float("-inf")), []
-    for case in cases.matrix(args.matrix, family=args.family):
-        try:
-            backend, beyond, lines = judge(case, timer)
-        except NotTimed as reason:
-            print(f"{case.id}: not timed: {reason}")
-            continue
-        chosen[backend] += 1
-        late += lines
-        worst = {kind: max(worst[kind], beyond[kind]) for kind in KINDS}
-        torch.cuda.empty_cache()
+    try:
+        for case in cases.matrix(args.matrix, family=args.family):
+            try:
+                backend, beyond, lines = judge(case, timer)
+            except NotTimed as reason:
+                print(f"{case.id}: not timed: {reason}")
+                continue
+            chosen[backend] += 1
+            late += lines
+            worst = {kind: max(worst[kind], beyond[kind]) for kind in KINDS}
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        late.append("interrupted: the cases so far")
     print(*late, sep="\n")
     routes = ", ".join(f"{backend} in {n}" for backend, n in chosen.most_common())
     print(f'{gpu}, min-L {get_config().min_len_for(gpu)}: "auto" chose {routes} of {chosen.total()} cases')
