@@ -73,13 +73,23 @@ def chunk_width(width: int) -> int:
 
 
 def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int) -> int:
-    """Estimate a program's shared memory in bytes: the tiles in flight, the exchange of scores and of the result."""
+    """Estimate a program's shared memory in bytes: the tiles in flight, the exchange of scores and of the result.
+
+    Products of fp32 run without tensor cores and take all their operands from there: q and the weights too.
+    """
     k_columns = -(-D // config.block_d) * config.block_d
     v_columns = -(-Dv // config.block_dv) * config.block_dv
-    # Without a pipeline K and V pass through shared memory one after the other.
-    columns = (config.num_stages - 1) * (k_columns + v_columns) if config.num_stages > 1 else max(k_columns, v_columns)
+    block_h = max(16, next_power_of_2(H))
+    if config.num_stages > 1:
+        columns = (config.num_stages - 1) * (k_columns + v_columns)
+    elif element_bytes == 4 and config.load != "gather":
+        columns = k_columns + v_columns
+    else:  # without a pipeline K and V pass through shared memory one after the other
+        columns = max(k_columns, v_columns)
     tiles = columns * config.block_l * element_bytes
-    return tiles + max(16, next_power_of_2(H)) * (config.block_l + config.block_dv) * 4
+    exchange = block_h * (config.block_l + config.block_dv) * 4
+    operands = block_h * (config.block_l + k_columns) * 4 + 256 if element_bytes == 4 else 0
+    return tiles + max(exchange, operands)
 
 
 def choose(
@@ -187,12 +197,14 @@ def _splits(N: int, max_len: int, sm_count: int) -> int:
 
 
 def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:
-    """Take tokens a tile, then stages, from a configuration until it fits into `limit` bytes of shared memory."""
+    """Take tokens a tile, then stages, then whole tiles from a configuration until it fits into `limit` bytes."""
     while shared_memory(config, H, D, Dv, element_bytes) > limit:
         if config.block_l > 64 or (config.num_stages <= 2 and config.block_l > 16):
             config = replace(config, block_l=config.block_l // 2)
-        else:
+        elif config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, load="gather")
     return config
 
 

@@ -61,6 +61,13 @@ class Case:
         return sizes + (f" seed{self.seed}" if self.seed else "") + (f" [{self.launch}]" if self.launch else "")
 
 
+def has_tma() -> bool:
+    """Tell whether the kernel can load through TMA descriptors here (in the interpreter: whether Triton has them)."""
+    from nsa_sel import triton_fwd
+
+    return triton_fwd._device_facts(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))[2]
+
+
 def here(on_gpu: Any, in_interpreter: Any) -> Any:
     """Pick the size that this machine can afford."""
     return on_gpu if ON_GPU else in_interpreter

@@ -11,7 +11,7 @@ from pathlib import Path
 import parity_case
 import pytest
 import torch
-from parity_case import Case, check, rows
+from parity_case import DEVICE, Case, check, rows
 from test_variants import small_covering
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,8 @@ def paste(code: str) -> subprocess.CompletedProcess[str]:
 def test_triton_sel_parity_repro_of_a_planted_fault_reproduces_it(case, monkeypatch):
     from nsa_sel import triton_fwd
 
+    if case.q_factor > 1 and DEVICE == "cpu" and torch.__version__.startswith("2.4."):
+        pytest.skip("torch 2.4's SDPA on the CPU overflows in fp16")
     check(case)
     case = replace(case, launch=small_covering()[0])
     monkeypatch.setattr(triton_fwd, "forward", triton_fwd.forward)  # undone at the end

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from parity_case import DEVICE, Case, check, here, rows
+from parity_case import DEVICE, Case, check, has_tma, here, rows
 
 from nsa_sel import tuning
 
@@ -32,7 +32,8 @@ def covering(
 
     every_warp: and each number of warps and of stages, of which the interpreter knows nothing.
     """
-    candidates = [c for c in tuning.candidate_configs(H, D, Dv) if c.block_l in tiles and c.splits in splits]
+    every = tuning.candidate_configs(H, D, Dv, has_tma=has_tma())
+    candidates = [c for c in every if c.block_l in tiles and c.splits in splits]
     if not every_warp or DEVICE == "cpu":
         some = min(candidates, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
         candidates = [c for c in candidates if (c.num_warps, c.num_stages) == (some.num_warps, some.num_stages)]
@@ -54,11 +55,6 @@ def _pairs(config: tuning.LaunchConfig) -> set[tuple[str, str, object]]:
     return {(config.load, name, value) for name, value in asdict(config).items()}
 
 
-def _needs_tma(load: str) -> None:
-    if load == "tma" and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("TMA needs compute capability 9.0")
-
-
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
     ("dtype", "H", "D", "Dv", "tiles", "splits", "every_warp"),
@@ -70,7 +66,8 @@ def _needs_tma(load: str) -> None:
     ids=("bf16", "fp16 in chunks", "fp32 padded"),
 )
 def test_triton_sel_parity_of_launch_variants(dtype, H, D, Dv, tiles, splits, every_warp, load):
-    _needs_tma(load)
+    if load == "tma" and not has_tma():
+        pytest.skip("TMA descriptors need Triton 3.4 and compute capability 9.0")
     for config in covering(H, D, Dv, tiles, splits, every_warp):
         if config.load == load:
             check(Case(RANGES, S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config))
@@ -78,7 +75,6 @@ def test_triton_sel_parity_of_launch_variants(dtype, H, D, Dv, tiles, splits, ev
 
 @pytest.mark.parametrize(("block_d", "block_dv"), ((16, 64), (64, 16), (32, 32)))
 def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
-    for load in LOADS:
-        if load != "tma" or DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
-            config = next(c for c in small_covering() if c.load == load and c.splits > 1)
-            check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))
+    for load in {config.load for config in small_covering()}:
+        config = next(c for c in small_covering() if c.load == load and c.splits > 1)
+        check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import random
@@ -80,6 +81,9 @@ def test_calibration_is_part_of_the_environment():
     assert environment()["calibration"] == values and values["tick_us"] > 0
 
 
+@pytest.mark.skipif(
+    importlib.metadata.version("triton").startswith("3.0."), reason="its interpreter ignores the mask of a scalar store"
+)
 def test_the_streaming_kernel_reads_every_element_and_writes_nothing_for_zeros():
     script = """
 import torch

@@ -1,7 +1,6 @@
 """Two plain Triton kernels that measure the card and not the attention: a streaming read and nothing at all."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
 from collections.abc import Callable
 from typing import Any
 
