@@ -147,8 +147,8 @@ def _all_shapes() -> list[Shape]:
     heads = (1, 16, 17, 64)
     spans = (2, *tuning.SPAN_BUCKETS)
     lengths = (16, 32, 64, 128, 256, 512, 1024, 65_536)
-    both = (False, True)
-    return [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, both, both)]
+    shapes = [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, (False, True))]
+    return shapes + [replace(shape, one_length=True) for shape in shapes if shape.n_spans == 1]
 
 
 def _chunks(width: int) -> tuple[int, int]:
