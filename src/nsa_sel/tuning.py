@@ -123,7 +123,7 @@ def choose(
         chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers)
         return _fit(chosen, H, D, Dv, element_bytes, shared_bytes)
 
-    tiles = "tma" if has_tma else "whole"
+    tiles = "tma" if has_tma and element_bytes == 2 else "whole"  # fp32 tiles by TMA pass through shared memory twice
     if n_spans > 64:  # a program holds all its row's spans in registers
         load, block_l, num_stages = ("gather", 16, 2) if mean_span < 64 else (tiles, 64, 3)
         return config(load, block_l, 8 if n_spans > 256 else 4, num_stages, _splits(N, max_len, sm_count))

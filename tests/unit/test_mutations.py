@@ -141,7 +141,7 @@ FAULTS = [
 
 def run(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
     """Run these tests of the copy in `folder`, on nothing but the copy."""
-    names = ("PYTHONPATH", "TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    names = ("PYTHONPATH", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("NSA_")}
     env |= {"PYTHONPATH": str(folder / "src"), "NSA_TEST_TRITON_SEL": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
