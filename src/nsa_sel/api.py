@@ -90,9 +90,17 @@ def selection_attention(
         min_len, max_len = reference.length_bounds(ranges, k.shape[2])
     chosen = _route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
+        from . import triton_fwd
+
         try:
-            plan_key = key if hinted or backend == "triton" else None
-            return _triton(q, k, v, ranges, scale, min_len, max_len, return_lse, config, plan_key)
+            if return_lse:
+                lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
+                return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len, lse=lse), lse
+            plan = triton_fwd.Plan(q, k, v, ranges, scale, min_len, max_len)
+            out = plan.run(q, k, v, ranges, None, None)
+            if key is not None and (hinted or backend == "triton"):
+                triton_fwd.remember(_plans, key, (config, plan))
+            return out
         except KernelFailed as error:
             if backend != "auto":
                 raise
@@ -111,31 +119,6 @@ def selection_attention(
             return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(f"{_packing_size(q, k, v, ranges, max_len)}. {error}") from error
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Tensor,
-    scale: float | None,
-    min_len: int | None,
-    max_len: int | None,
-    return_lse: bool,
-    config: SelConfig,
-    key: tuple | None,
-) -> Any:
-    """Run the kernel; key: remember the plan under it once it has run."""
-    from . import triton_fwd
-
-    if return_lse:
-        lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-        return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len, lse=lse), lse
-    plan = triton_fwd.Plan(q, k, v, ranges, scale, min_len, max_len)
-    out = plan.run(q, k, v, ranges, None, None)
-    if key is not None:
-        triton_fwd.remember(_plans, key, (config, plan))
-    return out
 
 
 def _kind(q: Tensor, v: Tensor) -> tuple:

@@ -136,9 +136,7 @@ def lookup(
     is not returned. Rows of one span have an entry only if they have one length, as those had that it was measured on:
     its tiles may be longer than a shorter row.
     """
-    if n_spans == 1 and not one_length:
-        return None
-    if max_len is None or min(N, n_spans, max_len) < 1 or _ignored.get():
+    if max_len is None or min(N, n_spans, max_len) < 1 or (n_spans == 1 and not one_length) or _ignored.get():
         return None
     entries = _entries(gpu)
     if not entries:

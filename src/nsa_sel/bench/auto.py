@@ -13,7 +13,6 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 from collections import Counter
 
 import torch
@@ -22,7 +21,7 @@ from nsa_sel import UnsupportedError, choose_route, selection_attention
 from nsa_sel.bench import cases
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.methods import CaseState, NotTimed
-from nsa_sel.bench.timing import Call, DeviceTimer
+from nsa_sel.bench.timing import Call, DeviceTimer, call_time
 from nsa_sel.config import get_config
 
 SLACK, SLACK_US = 1.10, 2.0
@@ -35,25 +34,14 @@ def excess(auto_us: float, triton_us: float, packed_us: float) -> float:
     return auto_us - (SLACK * min(triton_us, packed_us) + SLACK_US)
 
 
-def _call_us(call: Call, blocks: int = 7, budget_us: float = 2000.0) -> float:
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    calls = max(3, min(40, int(budget_us / ((time.perf_counter() - begin) * 1e6))))
-    times = []
-    for _ in range(blocks):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / calls * 1e6)
-    return statistics.median(times)
-
-
 def _measure(calls: dict[str, Call], timer: DeviceTimer) -> dict[str, dict[str, float]]:
     """Return for device and call the µs of each form."""
-    device = {form: statistics.median(timer.samples(call, rounds=15, warmup=2)) * 1e6 for form, call in calls.items()}
-    return {"device": device, "call": {form: _call_us(call) for form, call in calls.items()}}
+    times: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for form, call in calls.items():
+        device_us = statistics.median(timer.samples(call, rounds=15, warmup=2)) * 1e6
+        times["device"][form] = device_us
+        times["call"][form] = call_time(call, max(timer.host_us, device_us)).us
+    return times
 
 
 def judge(case: Case, timer: DeviceTimer) -> tuple[str, dict[str, float], list[str]]:
