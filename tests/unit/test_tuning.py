@@ -61,6 +61,21 @@ def test_every_choice_can_run(gpu):
     assert len(seen) > 10
 
 
+@pytest.mark.parametrize(
+    ("H", "D", "Dv", "launch", "compiled"),
+    [
+        (64, 256, 64, ("gather", 32, 256, 64, 4, 2), 114_944),
+        (16, 128, 48, ("whole", 64, 128, 16, 4, 3), 102_400),
+        (17, 256, 32, ("whole", 64, 256, 32, 4, 2), 114_816),
+        (64, 256, 256, ("whole", 16, 256, 256, 4, 1), 102_656),
+        (64, 256, 256, ("gather", 16, 256, 256, 4, 1), 86_272),
+    ],
+)
+def test_the_estimate_for_fp32_is_not_below_what_was_compiled_for_sm_89(H, D, Dv, launch, compiled):
+    estimate = tuning.shared_memory(tuning.LaunchConfig(*launch), H, D, Dv, 4)
+    assert compiled <= estimate <= 1.1 * compiled
+
+
 @pytest.mark.parametrize("width", range(16, 257, 16))
 def test_chunks_cover_a_width_with_little_padding(width):
     chunk = tuning.chunk_width(width)
