@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .tiles import INTERPRETED, attend, load_q, load_spans
-from .tuning import MERGE_UNROLL
 
 __all__ = ["INTERPRETED", "SIZE_ARGS", "STRIDE_ARGS", "_sel_fwd"]
 
@@ -26,7 +25,6 @@ STRIDE_ARGS = [
 
 
 LN_2 = tl.constexpr(0.6931471805599453)
-UNROLL = tl.constexpr(MERGE_UNROLL)
 
 
 @triton.jit
@@ -55,51 +53,77 @@ def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.const
 
 
 @triton.jit
-def _merge(
+def _add_parts(
     parts_ptr,
-    out_ptr,
-    lse_ptr,
-    splits,
+    stride_part,
+    n_parts,
+    offs_v,
     H: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Merge the parts of one row and write its result, BLOCK_M columns and UNROLL parts at a time.
+    """Add up columns offs_v of the parts of one row, UNROLL at a time; returns the sum, unnormalised, and its m and l.
 
-    No load depends on another, so that all of a round are in flight together.
+    A part is acc [H, WIDTH], m [H], l [H]. No load depends on another, so that all of a round are in flight together.
     """
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    for column in range(0, DV, BLOCK_M):
-        offs_v = column + tl.arange(0, BLOCK_M)
-        offs = offs_h[:, None] * DV_PAD + offs_v[None, :]
-        m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
-        l_i = tl.zeros([BLOCK_H], tl.float32)
-        acc = tl.zeros([BLOCK_H, BLOCK_M], tl.float32)
-        for first in range(0, splits, UNROLL):
-            for i in tl.static_range(UNROLL):
-                part_ptr = parts_ptr + (first + i) * PART
-                mask_i = mask_h & (first + i < splits)
-                stats_ptr = part_ptr + H * DV_PAD + offs_h
-                m_part = tl.load(stats_ptr, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
-                l_part = tl.load(stats_ptr + H, mask=mask_i, other=0.0, cache_modifier=".cg")
-                part = tl.load(part_ptr + offs, mask=mask_i[:, None], other=0.0, cache_modifier=".cg")
-                m_new = tl.maximum(m_i, m_part)
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha = tl.exp2(m_i - shift)
-                beta = tl.exp2(m_part - shift)
-                acc = acc * alpha[:, None] + part * beta[:, None]
-                l_i = l_i * alpha + l_part * beta
-                m_i = m_new
-        denom = tl.where(l_i == 0, 1.0, l_i)
-        out = acc / denom[:, None]
-        mask = mask_h[:, None] & (offs_v < DV)[None, :]
-        tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-        if column == 0 and lse_ptr is not None:
-            tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=mask_h)
+    mask = mask_h[:, None] & (offs_v < WIDTH)[None, :]
+    offs = offs_h[:, None] * WIDTH + offs_v[None, :]
+    m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, offs_v.shape[0]], tl.float32)
+    for first in range(0, n_parts, UNROLL):
+        m_new = m_i
+        for i in tl.static_range(UNROLL):
+            m_at = parts_ptr + (first + i) * stride_part + H * WIDTH + offs_h
+            m_part = tl.load(m_at, mask=mask_h & (first + i < n_parts), other=float("-inf"), cache_modifier=".cg")
+            m_new = tl.maximum(m_new, m_part)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - shift)
+        acc = acc * alpha[:, None]
+        l_i = l_i * alpha
+        m_i = m_new
+        for i in tl.static_range(UNROLL):
+            part_ptr = parts_ptr + (first + i) * stride_part
+            m_at = part_ptr + H * WIDTH + offs_h
+            there = first + i < n_parts
+            m_part = tl.load(m_at, mask=mask_h & there, other=float("-inf"), cache_modifier=".cg")
+            l_part = tl.load(m_at + H, mask=mask_h & there, other=0.0, cache_modifier=".cg")
+            part = tl.load(part_ptr + offs, mask=mask & there, other=0.0, cache_modifier=".cg")
+            beta = tl.exp2(m_part - shift)
+            acc += part * beta[:, None]
+            l_i += l_part * beta
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _store_merged(
+    out_ptr, lse_ptr, acc, m_i, l_i, offs_v, WITH_LSE, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Write columns offs_v of one row of the result, and its LSE if WITH_LSE."""
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    denom = tl.where(l_i == 0, 1.0, l_i)
+    out = (acc / denom[:, None]).to(out_ptr.dtype.element_ty)
+    mask = mask_h[:, None] & (offs_v < DV)[None, :]
+    tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out, mask=mask)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=mask_h & WITH_LSE)
+
+
+@triton.jit
+def _cluster_sync(x):
+    """Wait for every program of the cluster, so that each sees what the others have written; returns x."""
+    return tl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, $1;",
+        "=r,r,~{memory}",
+        [x],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
@@ -139,28 +163,40 @@ def _sel_fwd(
     DV: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
+    CLUSTER: tl.constexpr,
     LOAD: tl.constexpr,
     REST_L: tl.constexpr,
     REST_STAGES: tl.constexpr,
+    LATE_SUM: tl.constexpr,
 ):
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
-    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. LOAD: "gather", "whole",
-    "tma" as the module says; with these the parts of a row are runs of tiles. "span": part i takes the spans i,
-    i + splits, …, tile by tile. SPLIT (splits > 1): each part leaves its sums in part_ptr, and the last to arrive, by
-    the counter count_ptr[row] that it sets back to zero, merges them in a fixed order.
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. QUERIES: S > 1.
+    LOAD: "gather", "whole", "tma" as the module says; with these the parts of a row are runs of tiles. "span": part i
+    takes the spans i, i + splits, …, tile by tile. LATE_SUM: weights are summed over the threads once, after the loop.
+    SPLIT (splits > 1): each part leaves its sums in part_ptr, and the last to arrive, by the counter count_ptr[row]
+    that it sets back to zero, merges them in a fixed order. CLUSTER > 1: runs of so many parts are thread-block
+    clusters; each of their programs adds up BLOCK_M columns of its cluster, and where a row has more clusters the last
+    of those columns to arrive, by count_ptr[row · CLUSTER + rank], adds up the clusters' sums.
     """
-    s = S - 1 - tl.program_id(0) % S  # causal rows grow with s: the longest start first
-    b = (tl.program_id(0) // S).to(tl.int64)
+    row = tl.program_id(0) // CLUSTER
+    s = 0
+    b = row.to(tl.int64)
+    if QUERIES:  # a division that decode and packed rows do without
+        s = S - 1 - row % S  # causal rows grow with s: the longest start first
+        b = (row // S).to(tl.int64)
     g = tl.program_id(1)
-    split = tl.program_id(2)
+    rank = tl.program_id(0) % CLUSTER
+    split = tl.program_id(2) * CLUSTER + rank
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
@@ -218,6 +254,8 @@ def _sel_fwd(
                     True,
                 )
     else:
+        if LATE_SUM:
+            l_i = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
         n_tiles = 0
         offs_n = 0
         if BLOCK_N > 1:
@@ -285,6 +323,8 @@ def _sel_fwd(
                     BLOCK_DV,
                     False,
                 )
+            if LATE_SUM:
+                l_i = tl.sum(l_i, 1)
         for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
             place = t * REST_L + tl.arange(0, REST_L)
             token = first_rest + place
@@ -317,6 +357,8 @@ def _sel_fwd(
                 BLOCK_DV,
                 True,
             )
+        if LATE_SUM and LOAD == "gather":
+            l_i = tl.sum(l_i, 1)
 
     offs_h = tl.arange(0, BLOCK_H)
     out_at = out_ptr + out_row * (H * DV)
@@ -335,7 +377,8 @@ def _sel_fwd(
             tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=offs_h < H)
     else:
         DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
-        PART: tl.constexpr = H * (DV_PAD + 2)  # acc [H, DV_PAD], m [H], l [H]
+        MERGED: tl.constexpr = H * (BLOCK_M + 2) if CLUSTER > 1 else 0
+        PART: tl.constexpr = H * (DV_PAD + 2) + MERGED  # acc [H, DV_PAD], m [H], l [H]; of a cluster's sum [H, BLOCK_M]
         parts_at = part_ptr + out_row * splits * PART
         mine = parts_at + split * PART
         mask_h = offs_h < H
@@ -348,7 +391,32 @@ def _sel_fwd(
             tl.store(_part_acc(mine, 3, DV_PAD, BLOCK_H, BLOCK_DV), acc3, mask=mask_h[:, None])
         tl.store(mine + H * DV_PAD + offs_h, m_i, mask=mask_h)
         tl.store(mine + H * (DV_PAD + 1) + offs_h, l_i, mask=mask_h)
-        tl.debug_barrier()  # every thread's part is written before one of them says so
-        if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == splits - 1:
-            tl.store(count_ptr + out_row, 0)
-            _merge(parts_at, out_at, lse_ptr, splits, H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M)
+        offs_m = tl.arange(0, BLOCK_M)
+        if CLUSTER == 1:
+            tl.debug_barrier()  # every thread's part is written before one of them says so
+            if tl.atomic_add(count_ptr + out_row, 1, sem="acq_rel") == splits - 1:
+                tl.store(count_ptr + out_row, 0)
+                for column in range(0, DV, BLOCK_M):
+                    offs_v = column + offs_m
+                    acc, m_i, l_i = _add_parts(parts_at, PART, splits, offs_v, H, DV_PAD, BLOCK_H, UNROLL)
+                    _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, column == 0, H, DV, BLOCK_H)
+        else:
+            rank = _cluster_sync(rank)
+            offs_v = rank * BLOCK_M + offs_m
+            first_at = parts_at + (split - rank) * PART
+            acc, m_i, l_i = _add_parts(first_at, PART, CLUSTER, offs_v, H, DV_PAD, BLOCK_H, CLUSTER)
+            if splits == CLUSTER:
+                _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, rank == 0, H, DV, BLOCK_H)
+            else:
+                sum_at = mine + H * (DV_PAD + 2)
+                tl.store(sum_at + offs_h[:, None] * BLOCK_M + offs_m[None, :], acc, mask=mask_h[:, None])
+                tl.store(sum_at + H * BLOCK_M + offs_h, m_i, mask=mask_h)
+                tl.store(sum_at + H * (BLOCK_M + 1) + offs_h, l_i, mask=mask_h)
+                tl.debug_barrier()
+                count_at = count_ptr + out_row * CLUSTER + rank
+                if tl.atomic_add(count_at, 1, sem="acq_rel") == splits // CLUSTER - 1:
+                    tl.store(count_at, 0)
+                    first_at = parts_at + rank * PART + H * (DV_PAD + 2)
+                    n_sums = splits // CLUSTER
+                    acc, m_i, l_i = _add_parts(first_at, CLUSTER * PART, n_sums, offs_m, H, BLOCK_M, BLOCK_H, UNROLL)
+                    _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, rank == 0, H, DV, BLOCK_H)

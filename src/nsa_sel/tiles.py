@@ -101,7 +101,10 @@ def attend(
     BLOCK_DV: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Take one tile of tokens into the online softmax."""
+    """Take one tile of tokens into the online softmax.
+
+    l_i: each head's sum of weights, or [heads, tokens] still to be summed, which spares the warps a meeting a tile.
+    """
     zero = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
     s = dot(q0, tl.trans(load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, GATHER)), zero)
     if D > BLOCK_D:
@@ -123,7 +126,7 @@ def attend(
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # logits of -inf are legal: exp2(-inf - -inf) would be NaN
     alpha = tl.exp2(m_i - shift)
     p = tl.exp2(s - shift[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
+    l_i = l_i * alpha[:, None] + p if len(l_i.shape) == 2 else l_i * alpha + tl.sum(p, 1)
     v0 = load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, GATHER)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])

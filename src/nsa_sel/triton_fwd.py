@@ -6,6 +6,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned 
 
 _launches = 0
 _plans: dict[tuple, Plan] = {}
-_facts: dict[torch.device, tuple[int, int, bool]] = {}
+_facts: dict[torch.device, tuple[int, int, bool, bool]] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 _graph_counters: dict[int, Tensor] = {}  # by device: zeros that captured calls take from, each its own
 _graph_lock = threading.Lock()
@@ -77,11 +78,11 @@ def launch_config(
 ) -> LaunchConfig:
     """Return the launch that `forward` uses for these tensors."""
     B, S, G, H, D = q.shape
-    sm_count, shared_bytes, has_tma = _device_facts(q.device)
+    sm_count, shared_bytes, has_tma, has_clusters = _device_facts(q.device)
     call: dict[str, Any] = {
         "N": B * S * G, "H": H, "D": D, "Dv": v.shape[3], "n_spans": ranges.shape[3], "shared_kv": S > 1,
         "element_bytes": q.element_size(), "sm_count": sm_count,
-        "has_tma": has_tma and _tma_fits(k) and _tma_fits(v),
+        "has_tma": has_tma and _tma_fits(k) and _tma_fits(v), "has_clusters": has_clusters,
         "one_length": max_len is not None and min_len == max_len,
     }  # fmt: skip
     if q.device.type == "cuda":
@@ -155,15 +156,17 @@ class Plan:
         self.dtype, self.device = q.dtype, q.device
         self.out_shape = (B, S, G, H, Dv)
         self.out_stride = (S * G * H * Dv, G * H * Dv, H * Dv, Dv, 1)
-        self.grid = (B * S, G, config.splits)
-        self.part_size = B * S * G * config.splits * H * (-(-Dv // config.block_dv) * config.block_dv + 2)
+        # The C launcher makes a cluster of programs along the grid's first dimension, and multiplies that.
+        self.grid = (B * S, G, config.splits // config.cluster)
+        self.n_counters = B * S * G * config.cluster
+        self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         strides = [stride for x in (q, k, v) for stride in _strides(x)]
         unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
         wide = n_spans * S_kv >= 2**31
         self.values = (
             (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans, config.splits,
             *(stride // unit for stride in strides), *_strides(ranges),
-            H, D, Dv, unit, wide, *config.constants(H, n_spans),
+            H, D, Dv, unit, wide, S > 1, *config.constants(H, Dv, n_spans),
         )  # fmt: skip
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
@@ -171,7 +174,12 @@ class Plan:
         self.tma = config.load == "tma"
         if self.tma and not (_device_facts(q.device)[2] and _tma_fits(k) and _tma_fits(v)):
             raise ValueError(f"launch: value is {config}, expected a load that does without TMA descriptors")
-        self.direct: Any = None
+        if config.splits % config.cluster:
+            raise ValueError(f"launch: value is {config}, expected splits that are a multiple of cluster")
+        if config.cluster > 1 and not _device_facts(q.device)[3]:
+            raise ValueError(f"launch: value is {config}, expected a launch without clusters")
+        self.direct: Any = None  # how to launch what is compiled, without and with an LSE
+        self.direct_lse: Any = None
         self.descriptors: dict[tuple, tuple] = {}
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
@@ -190,42 +198,58 @@ class Plan:
                 out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
         if 0 in self.out_shape:
             return out
+        lse_at = None if lse is None else lse.data_ptr()
         q_at, k_at, v_at, ranges_at, out_at = pointers = (
             q.data_ptr(), k.data_ptr(), v.data_ptr(), ranges.data_ptr(), out.data_ptr(),
         )  # fmt: skip
-        aligned = not (q_at | k_at | v_at | ranges_at | out_at) & 15
-        if self.tma and not aligned and (k_at | v_at) & 15:
-            return Plan(q, k, v, ranges, *self.arguments).run(q, k, v, ranges, out, lse)
-        _launches += 1
+        aligned = not (q_at | k_at | v_at | ranges_at | out_at | (lse_at or 0)) & 15
+        if not aligned:
+            if self.tma and (k_at | v_at) & 15:
+                return Plan(q, k, v, ranges, *self.arguments).run(q, k, v, ranges, out, lse)
+            if self.config.cluster > 1:  # launched directly, hence only with the alignment it was compiled for
+                apart = replace(self.config, cluster=1)
+                return Plan(q, k, v, ranges, *self.arguments[:3], apart).run(q, k, v, ranges, out, lse)
         parts = counters = None
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(self.device.index)
         if self.config.splits > 1:
-            parts, counters = _workspace(self.device, stream, self.grid[0] * self.grid[1], self.part_size)
-        if self.direct is not None and aligned and lse is None:
-            launch, head, describe, tail = self.direct
+            parts, counters = _workspace(self.device, stream, self.n_counters, self.part_size)
+        direct = self.direct if lse_at is None else self.direct_lse
+        if direct is not None and aligned:
+            launch, head, describe, tail = direct
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
             descriptors = (None, None)
             if describe is not None:
                 descriptors = self.descriptors.get((k_at, v_at)) or self._describe(describe, k, v)
-            launch(*self.grid, stream, *head, *pointers, None, parts_at, counters_at, *descriptors, *tail)
+            launch(*self.grid, stream, *head, *pointers, lse_at, parts_at, counters_at, *descriptors, *tail)
+            _launches += 1
             return out
         k_desc = v_desc = None
         if self.tma:
             _bind_context()
             k_desc = _descriptor(k, self.config.block_l, self.config.block_d)
             v_desc = _descriptor(v, self.config.block_l, self.config.block_dv)
+        kernel = kernels._sel_fwd
+        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values)
         try:
-            compiled = kernels._sel_fwd[self.grid](
-                q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values, **self.options
-            )
+            if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
+                compiled = kernel.warmup(*arguments, grid=self.grid, **self.options)
+            else:
+                compiled = kernel[self.grid](*arguments, **self.options)
+                _launches += 1
+            if DIRECT_LAUNCH and aligned:
+                direct = _direct_launch(compiled, self.values, self.tma, self.config.cluster)
+                if lse_at is None:
+                    self.direct = direct
+                else:
+                    self.direct_lse = direct
+            if self.config.cluster > 1:
+                return self._run(q, k, v, ranges, out, lse)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
             raise KernelFailed(_why_it_failed(self.config, error)) from error
-        if DIRECT_LAUNCH and aligned and lse is None:
-            self.direct = _direct_launch(compiled, self.values, self.tma)
         return out
 
     def _describe(self, describe: Callable[[Any, int], list], k: Tensor, v: Tensor) -> tuple:
@@ -247,16 +271,18 @@ def _why_it_failed(config: LaunchConfig, error: Exception) -> str:
     return " ".join(reason.split())
 
 
-def _direct_launch(compiled: Any, values: tuple, tma: bool) -> tuple | None:
+def _direct_launch(compiled: Any, values: tuple, tma: bool, cluster: int = 1) -> tuple | None:
     """Return how to launch a compiled kernel without Triton's argument binding: the C function, and what it is given.
 
     Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes
     and strides are not specialised, and everything else is part of the plan. None: launch through the public interface.
-    Triton's launch hooks do not see such a launch.
+    Triton's launch hooks do not see such a launch. cluster: programs of a thread-block cluster, which the C function
+    makes of what it takes for the CTAs of one program.
     """
     run = compiled.run
     if run.global_scratch_size or run.profile_scratch_size:
         return None
+    num_warps, _, shared = compiled.packed_metadata
     launch, describe = run.launch, None
     if tma:
         from triton.backends.nvidia.driver import make_tensordesc_arg
@@ -268,7 +294,7 @@ def _direct_launch(compiled: Any, values: tuple, tma: bool) -> tuple | None:
             return make_tensordesc_arg(descriptor, meta[which])
 
     head = (
-        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
+        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, (num_warps, cluster, shared),
         None, None, None,
     )  # fmt: skip
     return launch, head, describe, values
@@ -303,16 +329,18 @@ def _descriptor(x: Tensor, block_l: int, width: int) -> Any:
     return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [block_l, width])
 
 
-def _device_facts(device: torch.device) -> tuple[int, int, bool]:
-    """Return the number of multiprocessors, the shared memory of a program in bytes, and whether TMA can be used."""
+def _device_facts(device: torch.device) -> tuple[int, int, bool, bool]:
+    """Return the number of multiprocessors, a program's shared memory in bytes, and if there are TMA and clusters."""
     if device not in _facts:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             shared = getattr(properties, "shared_memory_per_block_optin", tuning.SMALLEST_SHARED_BYTES)
             has_tma = TensorDescriptor is not None and properties.major >= 9
-            _facts[device] = (properties.multi_processor_count, shared, has_tma)
+            has_clusters = DIRECT_LAUNCH and properties.major in (9, 10)
+            _facts[device] = (properties.multi_processor_count, shared, has_tma, has_clusters)
         else:
-            _facts[device] = (1, tuning.SMALLEST_SHARED_BYTES, TensorDescriptor is not None)
+            only_compiled = device.type == "meta"
+            _facts[device] = (1, tuning.SMALLEST_SHARED_BYTES, TensorDescriptor is not None, only_compiled)
     return _facts[device]
 
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .tuning import LaunchConfig, next_power_of_2
+from .tuning import LaunchConfig, padded_heads
 
 SCHEMA = 1
 LOCAL = Path("configs/tuned")  # in the working directory, as configs/base.yaml
@@ -78,7 +78,7 @@ class Key:
         """Return the key of a call with N, n_spans and max_len of at least 1 on a GPU with sm_count multiprocessors."""
         rows = min(_round_log2(N / sm_count), FULL_GPU)
         span = -1 if n_spans == 1 else min(max(_round_log2(max_len / n_spans), 0), LONG_SPAN)
-        heads = max(16, next_power_of_2(H))
+        heads = padded_heads(H)
         return cls(element_bytes, heads, D, Dv, shared_kv, rows, _round_log2(max_len), span)
 
     def __str__(self) -> str:
@@ -128,13 +128,14 @@ def lookup(
     element_bytes: int,
     sm_count: int,
     has_tma: bool,
+    has_clusters: bool = False,
     one_length: bool = False,
 ) -> LaunchConfig | None:
     """Return the tuned launch for a call, None where the table has none or the call's length is not known.
 
-    Arguments as of `tuning.choose`. has_tma: the call's tensors fit TMA descriptors; if not, a launch that needs them
-    is not returned. Rows of one span have an entry only if they have one length, as those had that it was measured on:
-    its tiles may be longer than a shorter row.
+    Arguments as of `tuning.choose`. has_tma: the call's tensors fit TMA descriptors. A launch that needs them, or
+    clusters, is not returned where there are none. Rows of one span have an entry only if they have one length, as
+    those had that it was measured on: its tiles may be longer than a shorter row.
     """
     if max_len is None or min(N, n_spans, max_len) < 1 or (n_spans == 1 and not one_length) or _ignored.get():
         return None
@@ -153,7 +154,7 @@ def lookup(
         sm_count=sm_count,
     )
     entry = entries.get(key)
-    if entry is None or (entry.launch.load == "tma" and not has_tma):
+    if entry is None or (entry.launch.load == "tma" and not has_tma) or (entry.launch.cluster > 1 and not has_clusters):
         return None
     return entry.launch
 
@@ -234,6 +235,8 @@ def _entry(data: Mapping[str, Any]) -> Entry:
     launch = _from_json(LaunchConfig, data["launch"])
     if min(launch.block_l, launch.block_d, launch.block_dv, launch.num_warps, launch.num_stages, launch.splits) < 1:
         raise ValueError(f"{launch} is no launch")
+    if launch.cluster < 1 or launch.splits % launch.cluster:
+        raise ValueError(f"{launch}: cluster does not divide splits")
     return Entry(launch, dict(data.get("figures", {})))
 
 

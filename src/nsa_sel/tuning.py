@@ -13,6 +13,7 @@ MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
 MAX_SPLITS = 64  # one program merges them all
 MERGE_UNROLL = 8  # parts that the merge loads together
+MERGE_REGISTERS = 128  # of each thread, that hold them
 REST_L, REST_STAGES = 16, 2  # of the loop over what whole tiles leave over
 
 
@@ -23,6 +24,7 @@ class LaunchConfig:
     load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers, the rest gathered),
     "tma" (those tiles through TMA descriptors) or "span" (each program takes whole spans). block_l: tokens a tile;
     block_d, block_dv: columns a chunk of D and Dv. splits: programs a row. max_registers: a thread's limit, 0 = none.
+    cluster: programs of a row that merge as a thread-block cluster, dividing splits; 1: the last to arrive merges all.
     """
 
     load: str
@@ -33,37 +35,57 @@ class LaunchConfig:
     num_stages: int
     splits: int = 1
     max_registers: int = 0
+    cluster: int = 1
 
     def __str__(self) -> str:
         limit = f" r{self.max_registers}" if self.max_registers else ""
+        limit += f" cluster{self.cluster}" if self.cluster > 1 else ""
         return (
             f"{self.load} BL{self.block_l} BD{self.block_d} BDV{self.block_dv} "
             f"w{self.num_warps} s{self.num_stages} split{self.splits}{limit}"
         )
 
-    def constants(self, H: int, n_spans: int) -> tuple:
-        """Return the kernel's compile-time arguments from BLOCK_H to REST_STAGES."""
-        block_h = max(16, next_power_of_2(H))
-        # A round of the merge holds MERGE_UNROLL x block_h x block_m values in 128 registers of each thread.
-        block_m = max(16, min(self.block_dv, 4096 * self.num_warps // (MERGE_UNROLL * block_h)))
+    def part_floats(self, H: int, Dv: int) -> int:
+        """Return how many fp32 values each part of a row leaves in the workspace."""
+        own = H * (-(-Dv // self.block_dv) * self.block_dv + 2)
+        return own + H * (self._merge(H, Dv)[0] + 2) if self.cluster > 1 else own
+
+    def _merge(self, H: int, Dv: int) -> tuple[int, int]:
+        """Return how many columns of the result a program merges at a time, and how many parts of them it loads."""
+        values = MERGE_REGISTERS * 32 * self.num_warps // padded_heads(H)
+        columns = next_power_of_2(-(-Dv // self.cluster))
+        if self.cluster == 1:
+            columns = max(16, min(self.block_dv, values // MERGE_UNROLL))
+        return columns, min(max(values // columns, 1), 2 * MERGE_UNROLL if self.cluster > 1 else MERGE_UNROLL)
+
+    def constants(self, H: int, Dv: int, n_spans: int) -> tuple:
+        """Return the kernel's compile-time arguments from BLOCK_H to LATE_SUM."""
         rest = (REST_L, REST_STAGES) if self.load in ("whole", "tma") else (self.block_l, self.num_stages)
         block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
-            block_h,
+            padded_heads(H),
             self.block_d,
             self.block_dv,
             self.block_l,
             block_n,
-            block_m,
+            *self._merge(H, Dv),
             self.splits > 1,
+            self.cluster,
             self.load,
             *rest,
+            # Where few warps share a tile the sums of each thread would take too many registers.
+            self.load != "span" and self.num_warps >= 4 and padded_heads(H) * self.block_l <= 512 * self.num_warps,
         )
 
 
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is at least n (1 for n < 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def padded_heads(H: int) -> int:
+    """Return the heads that a tile has: the least that a product can take, and a power of two."""
+    return max(16, next_power_of_2(H))
 
 
 def chunk_width(width: int) -> int:
@@ -79,7 +101,7 @@ def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: 
     """
     k_columns = -(-D // config.block_d) * config.block_d
     v_columns = -(-Dv // config.block_dv) * config.block_dv
-    block_h = max(16, next_power_of_2(H))
+    block_h = padded_heads(H)
     if config.num_stages > 1:
         columns = (config.num_stages - 1) * (k_columns + v_columns)
     elif element_bytes == 4 and config.load != "gather":
@@ -105,28 +127,35 @@ def choose(
     sm_count: int,
     shared_bytes: int,
     has_tma: bool,
+    has_clusters: bool = False,
     one_length: bool = False,
 ) -> LaunchConfig:
     """Choose the launch for N rows of at most max_len tokens on a GPU with sm_count multiprocessors.
 
     shared_kv: several rows of a group attend to the same K and V (S > 1). element_bytes: 2 or 4. shared_bytes: what a
-    program may use. one_length: every row has max_len tokens.
+    program may use. has_clusters: programs can merge as a thread-block cluster. one_length: every row has max_len
+    tokens.
     """
+    N = max(N, 1)
     block_d, block_dv = chunk_width(D), chunk_width(Dv)
-    row_warps = max(16, next_power_of_2(H)) // 16  # warps that one tile of heads can keep busy without sharing its rows
+    row_warps = padded_heads(H) // 16  # warps that one tile of heads can keep busy without sharing its rows
     rows_per_sm = N / sm_count
     mean_span = max_len / max(n_spans, 1)
 
     def config(
-        load: str, block_l: int, num_warps: int, num_stages: int, splits: int = 1, registers: int = 0
+        load: str, block_l: int, num_warps: int, num_stages: int, splits: int = 1, registers: int = 0, cluster: int = 1
     ) -> LaunchConfig:
-        chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers)
+        chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers, cluster)
         return _fit(chosen, H, D, Dv, element_bytes, shared_bytes)
 
     tiles = "tma" if has_tma and element_bytes == 2 else "whole"  # fp32 tiles by TMA pass through shared memory twice
     if n_spans > 64:  # a program holds all its row's spans in registers
         load, block_l, num_stages = ("gather", 16, 2) if mean_span < 64 else (tiles, 64, 3)
-        return config(load, block_l, 8 if n_spans > 256 else 4, num_stages, _splits(N, max_len, sm_count))
+        num_warps = 8 if n_spans > 256 else 4
+        if has_clusters and load == "tma" and sm_count >= 32 * N:
+            splits = _every_processor(N, sm_count)
+            return config(load, 64, num_warps, num_warps // 4 + 2, splits, 0, 8 if max_len <= 256 * splits else 2)
+        return config(load, block_l, num_warps, num_stages, _splits(N, max_len, sm_count))
     if element_bytes == 4:
         return config("gather", 32, 4, 2, _splits(N, max_len, sm_count))
     if row_warps > 1 or D + Dv > 384:
@@ -135,6 +164,10 @@ def choose(
         if not has_tma:
             return config("whole", 32, 1, 2)
         return config("tma", 64, 1, 2, registers=216) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=144)
+    if has_clusters and has_tma and (n_spans > 1 or one_length):
+        clustered = _clustered(N, max_len, n_spans, D + Dv, sm_count)
+        if clustered is not None:
+            return config(*clustered)
     if n_spans == 1 and one_length and has_tma and max_len > 32 and D + Dv <= 256:
         large = config(*_one_span(N, max_len, D + Dv, sm_count))
         if large.load == "gather" or max_len % large.block_l == 0:  # what a tile leaves over is gathered, slowly
@@ -190,10 +223,63 @@ def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int
     return ("tma", 128 if part <= 128 else 256, 4, 2, splits) if part <= 256 else ("tma", 128, 4, 3, splits)
 
 
+def _clustered(
+    N: int, max_len: int, n_spans: int, width: int, sm_count: int
+) -> tuple[str, int, int, int, int, int, int] | None:
+    """Choose the arguments of `config` for few rows whose parts merge as clusters; None where that gains nothing.
+
+    Clusters of 8 are what every GPU that has clusters can place, if an idle multiprocessor has room for two programs;
+    of 2, always. A cluster's merge pays from parts of one tile on; where every multiprocessor streams many tiles, the
+    larger of those that clusters cannot place are better. width: D + Dv.
+    """
+    rows_per_sm = N / sm_count
+    if rows_per_sm > 1 / 2:
+        return None
+    few, quarter = rows_per_sm <= 1 / 16, rows_per_sm <= 1 / 4
+    per_sm = N * max_len / sm_count
+    tile = 128 if n_spans == 1 else 64
+    cluster = min(8, next_power_of_2(-(-max_len // tile)))
+    groups = max(1, min(max_len // 1024, sm_count // (16 * N))) if few and max_len >= 4096 else 1
+    if n_spans == 1:
+        if max_len <= 256 or max_len % 128:
+            return None
+        if not quarter:
+            return ("tma", 128, 4, 3, 2, 0, 2) if max_len >= (1024 if width <= 192 else 2048) else None
+        if few:
+            every = _every_processor(N, sm_count)
+            long = max_len >= 1024 * every
+            return ("tma", 128, 4, 4, every, 0, 2) if long else ("tma", 128, 4, 3, cluster * groups, 0, cluster)
+        if width <= 128 and per_sm <= 512:
+            return "tma", 128, 4, 2, cluster, 0, cluster
+        if per_sm > 128:
+            return None
+        return ("tma", 256, 4, 2, 4, 0, 4) if max_len == 1024 else ("tma", 128, 4, 2, cluster, 0, cluster)
+    stages = 3 if rows_per_sm <= 1 / 8 else 2
+    if n_spans > 8 and max_len >= 56 * n_spans:  # a selection's blocks of 64, or longer spans
+        if not quarter:
+            return ("tma", 64, 4, 3, 2, 0, 2) if max_len >= 1024 else None
+        if few and max_len >= 4096:
+            splits = min(8 * (max_len // 2048), _every_processor(N, sm_count))
+            return "tma", 64, 4, 3, splits, 0, 8 if max_len <= 256 * splits else 2
+        return ("tma", 64, 4, stages, cluster, 0, cluster) if max_len < 1024 * cluster else None
+    if not quarter:
+        if max_len >= 1024:
+            return "gather", 128, 4, 3, 2, 0, 2
+        return ("gather", 64, 4, 3, 2, 0, 2) if max_len >= 512 and width > 192 else None
+    if per_sm > 128 or max_len < 256 or (max_len < 512 and stages == 2):
+        return None
+    return "gather", 64, 4, stages, cluster * groups, 0, cluster
+
+
+def _every_processor(N: int, sm_count: int) -> int:
+    """Return how many parts a row has, a multiple of 8, so that few rows occupy every multiprocessor once."""
+    return min(sm_count // (8 * N) * 8, MAX_SPLITS)
+
+
 def _splits(N: int, max_len: int, sm_count: int) -> int:
     """Split rows until the programs fill the GPU, as long as each part keeps enough tokens to pay for the merge."""
     tokens = 128 if sm_count >= N * 16 else 256 if sm_count >= N * 4 else 512
-    return max(1, min(sm_count // max(N, 1), max_len // tokens, MAX_SPLITS))
+    return max(1, min(sm_count // N, max_len // tokens, MAX_SPLITS))
 
 
 def _fit(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int, limit: int) -> LaunchConfig:

@@ -63,9 +63,18 @@ class Case:
 
 def has_tma() -> bool:
     """Tell whether the kernel can load through TMA descriptors here (in the interpreter: whether Triton has them)."""
+    return _facts()[2]
+
+
+def has_clusters() -> bool:
+    """Tell whether programs can merge as thread-block clusters here."""
+    return _facts()[3]
+
+
+def _facts() -> tuple:
     from nsa_sel import triton_fwd
 
-    return triton_fwd._device_facts(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))[2]
+    return triton_fwd._device_facts(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))
 
 
 def here(on_gpu: Any, in_interpreter: Any) -> Any:

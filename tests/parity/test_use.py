@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from parity_case import DEVICE, ON_GPU, Case, here, judge, rows, tensors
+from parity_case import DEVICE, ON_GPU, Case, has_clusters, has_tma, here, judge, rows, tensors
 
 import nsa_sel
 from nsa_sel import reference
@@ -16,6 +16,8 @@ CASES = [
     Case(rows([(0, 40)], [(3, 4)], [(0, 0)]), 64, H=8, dtype=torch.float16),
     Case(rows([(0, 512), (600, 1000)], [(100, 900)]), 1000, H=16, D=128, Dv=128),  # split over programs, and merged
     Case(rows(*[[(i, i + 9), (64 + i, 130)] for i in range(here(600, 5))]), 130, H=4, D=64, Dv=128),
+    Case(rows([(64 * i, 64 * i + 64) for i in range(10)]), 640, H=16, D=128, Dv=128),  # merged by a cluster
+    Case(rows([(64 * i, 64 * i + 64) for i in range(here(64, 9))]), here(4096, 576), H=16, D=128, Dv=128),  # by two
 ]
 
 
@@ -83,14 +85,20 @@ def test_triton_sel_parity_under_compile_a_gradient_goes_to_packed_sdpa():
     torch.testing.assert_close(got, q.grad)
 
 
-def test_triton_sel_parity_of_every_alignment_of_one_shape():
+@pytest.mark.parametrize(
+    ("case", "clusters"),
+    ((Case(rows([(0, 512)], [(100, 900)]), 1000, H=16, D=128, Dv=128), False), (CASES[3], True)),
+    ids=("apart", "clusters"),
+)
+def test_triton_sel_parity_of_every_alignment_of_one_shape(case, clusters):
     """A pointer 2 bytes off must not reach a kernel compiled for 16, nor a TMA descriptor."""
     from nsa_sel import triton_fwd
 
-    case = Case(rows([(0, 512)], [(100, 900)]), 1000, H=16, D=128, Dv=128)
     q, k, v, ranges = inputs = tensors(case)
-    if triton_fwd._device_facts(q.device)[2]:
+    if has_tma() and not clusters:
         assert triton_fwd.launch_config(*inputs, max_len=800).load == "tma"  # else this test guards nothing
+    if has_clusters() and clusters:
+        assert triton_fwd.launch_config(*inputs, max_len=640).cluster > 1
     want = call(case, inputs)()
     for offset in (0, 1, 8, 0):
         moved = [

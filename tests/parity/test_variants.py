@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from parity_case import DEVICE, Case, check, has_tma, here, rows
+from parity_case import DEVICE, Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
 from nsa_sel import tuning
 
@@ -78,3 +78,39 @@ def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
     for load in {config.load for config in small_covering()}:
         config = next(c for c in small_covering() if c.load == load and c.splits > 1)
         check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))
+
+
+@pytest.mark.skipif(not has_clusters(), reason="needs thread-block clusters: Triton 3.6 and compute capability 9 or 10")
+@pytest.mark.parametrize("load", ("gather", "tma"))
+@pytest.mark.parametrize(("splits", "cluster"), ((2, 2), (4, 4), (8, 8), (8, 2), (16, 8), (64, 2), (64, 8)))
+def test_triton_sel_parity_of_clusters(splits, cluster, load):
+    for H, D, Dv, dtype in (
+        (4, 64, 64, torch.bfloat16),
+        (16, 192, 128, torch.float16),
+        (1, 128, 80, torch.bfloat16),
+        (64, 64, 256, torch.float16),
+        (6, 32, 192, torch.bfloat16),
+    ):
+        block_d, block_dv = tuning.chunk_width(D), tuning.chunk_width(Dv)
+        config = tuning.LaunchConfig(load, 32, block_d, block_dv, 4, 2, splits, cluster=cluster)
+        check(Case(RANGES, S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config))
+        case = Case(RANGES.expand(2, -1, 3, -1, -1), S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config)
+        inputs = tensors(case)
+        first = run_kernel(case, *inputs)
+        assert all(torch.equal(first, run_kernel(case, *inputs)) for _ in range(20))  # the counters are zero again
+        apart = replace(case, launch=replace(config, cluster=1))
+        tolerance = 2**-7 if dtype == torch.bfloat16 else 2**-10
+        torch.testing.assert_close(first, run_kernel(apart, *inputs), rtol=tolerance, atol=tolerance)
+
+
+def test_parts_that_make_no_whole_clusters_are_refused():
+    config = replace(small_covering()[0], splits=6, cluster=4)
+    with pytest.raises(ValueError, match="launch: value is .*expected splits that are a multiple of cluster"):
+        check(Case(RANGES, S_KV, launch=config))
+
+
+@pytest.mark.skipif(has_clusters(), reason="clusters can be had here")
+def test_clusters_are_refused_where_there_are_none():
+    config = replace(small_covering()[0], splits=4, cluster=4)
+    with pytest.raises(ValueError, match="launch: value is .*expected a launch without clusters"):
+        check(Case(RANGES, S_KV, launch=config))

@@ -243,7 +243,7 @@ for line in sys.stdin:
 def test_a_worker_that_dies_or_hangs_costs_one_variant(monkeypatch):
     monkeypatch.setattr(sweep_compile, "workers", lambda: 2)
     variants = [
-        Variant("bf16", 8, 128, 128, 1, replace(UNTUNED, block_l=block_l, num_warps=warps))
+        Variant("bf16", 1, 8, 128, 128, 1, replace(UNTUNED, block_l=block_l, num_warps=warps))
         for block_l in (16, 32, 64, 128, 256)
         for warps in (1, 2)
     ]
@@ -269,14 +269,14 @@ def test_an_interruption_leaves_no_worker_behind(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    variants = [Variant("bf16", 8, 128, 128, 1, replace(UNTUNED, block_l=256, splits=n)) for n in range(1, 9)]
+    variants = [Variant("bf16", 1, 8, 128, 128, 1, replace(UNTUNED, block_l=256, splits=n)) for n in range(1, 9)]
     with pytest.raises(KeyboardInterrupt):
         sweep_compile.compile_all(variants, interrupt, command=(sys.executable, "-c", STAND_IN))
     assert started and all(process.wait(10) is not None for process in started)
 
 
 def test_the_worker_answers_a_line_with_a_line():
-    variant = Variant("bf16", 8, 128, 128, 8, UNTUNED)
+    variant = Variant("bf16", 1, 8, 128, 128, 8, UNTUNED)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         sweep_compile.COMMAND,

@@ -8,16 +8,18 @@ import pytest
 
 from nsa_sel import tuning
 
-GPUS = {  # multiprocessors, shared memory a program may use, TMA
-    "sm_80": (108, 163 * 1024, False),
-    "sm_89": (128, 99 * 1024, False),
-    "sm_90": (132, 227 * 1024, True),
-    "sm_120": (188, 99 * 1024, True),
+GPUS = {  # multiprocessors, shared memory a program may use, TMA, clusters
+    "sm_80": (108, 163 * 1024, False, False),
+    "sm_89": (128, 99 * 1024, False, False),
+    "sm_90": (132, 227 * 1024, True, True),
+    "sm_90 without clusters": (132, 227 * 1024, True, False),
+    "sm_120": (188, 99 * 1024, True, False),
 }
 
 
 def choose(gpu: str, **change) -> tuning.LaunchConfig:
-    sm_count, shared_bytes, has_tma = GPUS[gpu]
+    sm_count, shared_bytes, has_tma, has_clusters = GPUS[gpu]
+    facts = {"sm_count": sm_count, "shared_bytes": shared_bytes, "has_tma": has_tma, "has_clusters": has_clusters}
     call = {
         "N": 1024,
         "H": 8,
@@ -28,14 +30,14 @@ def choose(gpu: str, **change) -> tuning.LaunchConfig:
         "shared_kv": False,
         "element_bytes": 2,
     }
-    return tuning.choose(**{**call, **change}, sm_count=sm_count, shared_bytes=shared_bytes, has_tma=has_tma)
+    return tuning.choose(**{**call, **facts, **change})
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_choice_can_run(gpu):
-    sm_count, shared_bytes, has_tma = GPUS[gpu]
+    sm_count, shared_bytes, has_tma, has_clusters = GPUS[gpu]
     calls = itertools.product(
-        (1, 32, 64, 256, 16384), (1, 4, 17, 64), (16, 80, 128, 192, 256), (16, 128, 256), (1, 8, 16, 1024),
+        (0, 1, 4, 16, 32, 64, 256, 16384), (1, 4, 17, 64), (16, 80, 128, 192, 256), (16, 128, 256), (1, 8, 16, 1024),
         (0, 1, 16, 64, 512, 1000, 1024, 65536), (False, True), (2, 4), (False, True),
     )  # fmt: skip
     seen = set()
@@ -57,6 +59,8 @@ def test_every_choice_can_run(gpu):
         assert tuning.shared_memory(config, H, D, Dv, element_bytes) <= shared_bytes, config
         assert config.block_d * tuning.MAX_CHUNKS >= D
         assert config.block_dv * tuning.MAX_CHUNKS >= Dv
+        assert config.cluster == 1 or has_clusters
+        assert config.cluster in (1, 2, 4, 8) and config.splits % config.cluster == 0 and config.splits <= 64
         assert config.splits == 1 or (N * config.splits <= 2 * sm_count and max_len >= 64 * config.splits)
     assert len(seen) > 10
 
@@ -87,12 +91,44 @@ def test_chunks_cover_a_width_with_little_padding(width):
 
 
 def test_few_long_rows_are_split_and_many_are_not():
-    assert choose("sm_90", N=4, max_len=65536, n_spans=1).splits == 33
-    assert choose("sm_90", N=64, max_len=1024).splits == 2
+    gpu = "sm_90 without clusters"
+    assert choose(gpu, N=4, max_len=65536, n_spans=1).splits == 33
+    assert choose(gpu, N=64, max_len=1024).splits == 2
     one = {"n_spans": 1, "one_length": True}
-    assert choose("sm_90", N=64, max_len=1024, **one).splits == 1  # here one program a row in large tiles is faster
-    assert choose("sm_90", N=64, max_len=256).splits == 1
-    assert choose("sm_90", N=1024, max_len=1024).splits == 1
+    assert choose(gpu, N=64, max_len=1024, **one).splits == 1  # here one program a row in large tiles is faster
+    assert choose(gpu, N=64, max_len=256).splits == 1
+    assert choose(gpu, N=1024, max_len=1024).splits == 1
+
+
+@pytest.mark.parametrize(
+    ("N", "n_spans", "max_len", "splits", "cluster"),
+    [
+        (4, 16, 1024, 8, 8),  # decode
+        (32, 16, 1024, 8, 8),
+        (256, 16, 1024, 1, 1),
+        (4, 8, 512, 8, 8),
+        (64, 8, 1024, 2, 2),
+        (4, 64, 4096, 16, 8),  # more clusters than one a row
+        (4, 1024, 65536, 32, 2),  # every multiprocessor streams many tiles: pairs, which fit anywhere
+        (4, 1, 65536, 32, 2),
+        (1, 1, 16384, 64, 8),
+        (16, 1, 1024, 4, 4),
+        (4, 1, 256, 1, 1),
+    ],
+)
+def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluster):
+    call = {"N": N, "H": 16, "n_spans": n_spans, "max_len": max_len, "one_length": True}
+    config = choose("sm_90", **call)
+    assert (config.splits, config.cluster) == (splits, cluster)
+    assert choose("sm_90", **call, has_tma=False).cluster == 1  # K or V that no descriptor fits: not measured
+
+
+def test_programs_of_large_clusters_leave_room_for_a_second_on_their_multiprocessor():
+    """Not every group of multiprocessors is a multiple of a cluster; what is left over must not wait for a turn."""
+    for N, n_spans, max_len, D in itertools.product((1, 4, 8, 16, 32), (1, 8, 16, 64), (512, 1024, 4096), (64, 128)):
+        config = choose("sm_90", N=N, D=D, Dv=D, n_spans=n_spans, max_len=max_len, one_length=True)
+        if config.cluster > 2 and 2 * N * config.splits > 132:
+            assert 2 * tuning.shared_memory(config, 8, D, D, 2) <= 227 * 1024, config
 
 
 @pytest.mark.parametrize("change", [{"one_length": False}, {"max_len": 1000}, {"n_spans": 4}])
@@ -117,7 +153,7 @@ def test_short_spans_are_gathered():
 
 def test_the_span_count_is_compiled_in_few_buckets():
     config = choose("sm_90")
-    compiled = {config.constants(8, n_spans)[4] for n_spans in range(tuning.MAX_SPANS + 1)}
+    compiled = {config.constants(8, 128, n_spans)[4] for n_spans in range(tuning.MAX_SPANS + 1)}
     assert compiled == set(tuning.SPAN_BUCKETS)
 
 

@@ -19,16 +19,17 @@ class Architecture:
     shared_bytes: int
     sm_counts: tuple[int, int]
     has_tma: bool
+    has_clusters: bool
 
 
 # Shared memory that one block may use: CUDA programming guide, technical specifications by compute capability.
 ARCHITECTURES = {
-    80: Architecture(163 * 1024, (56, 108), False),  # A30, A100
-    86: Architecture(99 * 1024, (20, 84), False),  # RTX 3050, RTX 3090 Ti
-    89: Architecture(99 * 1024, (58, 128), False),  # L4, RTX 4090
-    90: Architecture(227 * 1024, (114, 132), True),  # H100 PCIe, H200
-    100: Architecture(227 * 1024, (132, 148), True),  # B100, B200
-    120: Architecture(99 * 1024, (30, 188), True),  # RTX 5060, RTX PRO 6000
+    80: Architecture(163 * 1024, (56, 108), False, False),  # A30, A100
+    86: Architecture(99 * 1024, (20, 84), False, False),  # RTX 3050, RTX 3090 Ti
+    89: Architecture(99 * 1024, (58, 128), False, False),  # L4, RTX 4090
+    90: Architecture(227 * 1024, (114, 132), True, True),  # H100 PCIe, H200
+    100: Architecture(227 * 1024, (132, 148), True, True),  # B100, B200
+    120: Architecture(99 * 1024, (30, 188), True, False),  # RTX 5060, RTX PRO 6000
 }
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What the kernel is compiled for besides shape and launch: an LSE asked for, int64 ranges, tokens that int32 cannot
@@ -92,8 +93,10 @@ def chosen(arch: int, dtype: str, shape: Shape, sm_count: int, tensors: str = "p
         sm_count=sm_count,
         shared_bytes=gpu.shared_bytes,
         has_tma=gpu.has_tma and tensors != "odd strides",
+        has_clusters=gpu.has_clusters,
     )
-    config = replace(config, splits=min(config.splits, 2))  # one part or several: their number is a run-time argument
+    # One part or several, or one cluster of them: their number is a run-time argument.
+    config = replace(config, splits=min(config.splits, max(2, config.cluster)))
     bucket = next(n for n in tuning.SPAN_BUCKETS if shape.n_spans <= n)  # the kernel is compiled for all of its spans
     in_matrix = tensors == "plain" and dtype in cases.DTYPES and shape in _matrix()
     return Variant(arch, dtype, shape.H, shape.D, shape.Dv, bucket, config, tensors, in_matrix)
@@ -179,7 +182,7 @@ def _each_pair(variants: Sequence[Variant]) -> list[Variant]:
 def _traits(variant: Variant) -> tuple[tuple[str, object], ...]:
     c = variant.config
     return (
-        ("tile", (c.load, c.block_l, c.num_warps, c.num_stages, c.splits, c.max_registers)),
+        ("tile", (c.load, c.block_l, c.num_warps, c.num_stages, c.splits, c.max_registers, c.cluster)),
         ("heads", variant.H),
         ("D", _chunks(variant.D)),
         ("Dv", _chunks(variant.Dv)),

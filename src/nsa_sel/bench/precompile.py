@@ -57,7 +57,8 @@ def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Job]:
         if triton_fwd.unsupported_reason(x.q, x.k, x.v, x.ranges) is not None:
             continue
         config = triton_fwd.launch_config(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
-        kernel = case.dtype, case.H, case.D, case.Dv, config, config.constants(case.H, x.ranges.shape[3])
+        constants = config.constants(case.H, case.Dv, x.ranges.shape[3])
+        kernel = case.dtype, case.H, case.D, case.Dv, x.q.shape[1] > 1, config, constants
         if kernel not in smallest or memory_estimate(case) < memory_estimate(smallest[kernel][0]):
             smallest[kernel] = case, core
     return list(smallest.values())

@@ -1,6 +1,6 @@
 """Compile the variants of a sweep on all CPU cores ahead of the timing, which finds them in Triton's disk cache.
 
-Run as a module it is one worker: it reads a variant a line, builds it by running it once on one empty row, and answers
+Run as a module it is one worker: it reads a variant a line, builds it by running it once on empty rows, and answers
 each with a line. A worker that dies or hangs costs one variant.
 """
 
@@ -153,17 +153,17 @@ class _Worker:
 
 
 def build(variant: Variant) -> None:
-    """Compile a variant through the launcher, with the alignment and types of the timing, for one empty row."""
+    """Compile a variant through the launcher, with the alignment and types of the timing, for empty rows."""
     import torch
 
     from nsa_sel import triton_fwd
     from nsa_sel.bench.inputs import TORCH_DTYPES
 
     dtype = TORCH_DTYPES[variant.dtype]
-    q = torch.zeros(1, 1, 1, variant.H, variant.D, dtype=dtype, device="cuda")
+    q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device="cuda")
     k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device="cuda")
     v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device="cuda")
-    ranges = torch.zeros(1, 1, 1, variant.n_spans, 2, dtype=torch.int32, device="cuda")
+    ranges = torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device="cuda")
     triton_fwd.forward(q, k, v, ranges, launch=variant.launch)
     torch.cuda.synchronize()
 

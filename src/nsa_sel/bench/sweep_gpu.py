@@ -27,7 +27,7 @@ def find() -> Gpu | str:
     if reason is not None:
         return reason
     device = torch.device("cuda", torch.cuda.current_device())
-    return Gpu(torch.cuda.get_device_name(device), *triton_fwd._device_facts(device)[:3])
+    return Gpu(torch.cuda.get_device_name(device), *triton_fwd._device_facts(device))
 
 
 class GpuBench:

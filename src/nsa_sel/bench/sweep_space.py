@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nsa_sel import tuning
 from nsa_sel.bench.cases import Case
 from nsa_sel.tuned_table import Key
-from nsa_sel.tuning import LaunchConfig, chunk_width, next_power_of_2
+from nsa_sel.tuning import LaunchConfig, chunk_width, padded_heads
 
 LOADS = tuple(dict.fromkeys(config.load for config in tuning.candidate_configs(8, 128, 128)))
 WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
@@ -20,7 +20,8 @@ BLOCK_L = (16, 32, 64, 128, 256)
 CHUNKS = (32, 64, 128)  # BLOCK_D and BLOCK_DV
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3)
-SPLITS = (1, 2, 4, 8, 16, 32, 64)
+# Programs a row, and how many of them merge as a cluster.
+SPLITS = tuple((n, c) for n in (1, 2, 4, 8, 16, 32, 64) for c in dict.fromkeys((1, 2, min(n, 8))) if c <= n)
 MORE_STAGES = 4  # tried around the best
 MAX_REGISTERS = (96, 144, 168, 216)  # likewise
 REGISTERS = 280  # a thread has 255; the estimate is that rough
@@ -35,13 +36,18 @@ class Gpu:
     sm_count: int
     shared_bytes: int
     has_tma: bool
+    has_clusters: bool
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Name one kernel to compile: all that it is specialised on in a sweep. n_spans: the most that it can take."""
+    """Name one kernel to compile: all that it is specialised on in a sweep.
+
+    S: 1, or 2 for any more. n_spans: the most that it can take.
+    """
 
     dtype: str
+    S: int
     H: int
     D: int
     Dv: int
@@ -52,9 +58,9 @@ class Variant:
 def variant(case: Case, launch: LaunchConfig) -> Variant:
     """Return the kernel that a case needs for a launch; the same for launches that it is not compiled apart for."""
     n_spans = next(n for n in tuning.SPAN_BUCKETS if case.n_spans <= n)
-    halves = replace(launch, splits=min(launch.splits, 2))
-    same = halves.constants(case.H, n_spans) == launch.constants(case.H, n_spans)
-    return Variant(case.dtype, case.H, case.D, case.Dv, n_spans, halves if same else launch)
+    halves = replace(launch, splits=min(launch.splits, max(2, launch.cluster)))
+    same = halves.constants(case.H, case.Dv, n_spans) == launch.constants(case.H, case.Dv, n_spans)
+    return Variant(case.dtype, min(case.S, 2), case.H, case.D, case.Dv, n_spans, halves if same else launch)
 
 
 def key(case: Case, gpu: Gpu) -> Key:
@@ -84,10 +90,10 @@ def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
     chunks = [(chunk_width(D), chunk_width(Dv))]
     if every_chunk:
         chunks = list(dict.fromkeys([*chunks, *itertools.product(CHUNKS, CHUNKS)]))
-    for load, block_l, (block_d, block_dv), warps, stages, splits in itertools.product(
+    for load, block_l, (block_d, block_dv), warps, stages, (splits, cluster) in itertools.product(
         LOADS, BLOCK_L, chunks, WARPS, STAGES, SPLITS
     ):
-        yield LaunchConfig(load, block_l, block_d, block_dv, warps, stages, splits)
+        yield LaunchConfig(load, block_l, block_d, block_dv, warps, stages, splits, cluster=cluster)
 
 
 def around(launch: LaunchConfig) -> Iterator[LaunchConfig]:
@@ -110,7 +116,7 @@ def registers(launch: LaunchConfig, case: Case) -> int:
 
     Against the compiler's own figures for sm_90, H=8, D=Dv=128: it spills from an estimate of about 270 on.
     """
-    block_h = max(16, next_power_of_2(case.H))
+    block_h = padded_heads(case.H)
     size = ELEMENT_BYTES[case.dtype]
     width_d, width_dv = _padded(case.D, launch.block_d), _padded(case.Dv, launch.block_dv)
     result = block_h * width_dv
@@ -124,9 +130,9 @@ def _padded(width: int, block: int) -> int:
     return -(-width // block) * block
 
 
-def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
+def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu, programs: int = 1) -> bool:
     size = ELEMENT_BYTES[case.dtype]
-    return tuning.shared_memory(launch, case.H, case.D, case.Dv, size) > gpu.shared_bytes
+    return programs * tuning.shared_memory(launch, case.H, case.D, case.Dv, size) > gpu.shared_bytes
 
 
 def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
@@ -144,6 +150,10 @@ RULES: dict[str, Rule] = {
         c.block_d >= 2 * case.D or c.block_dv >= 2 * case.Dv
     ),
     "no TMA on this GPU": lambda c, case, gpu: c.load == "tma" and not gpu.has_tma,
+    "no clusters on this GPU": lambda c, case, gpu: c.cluster > 1 and not gpu.has_clusters,
+    "clusters that leave idle multiprocessors no room for a second program": lambda c, case, gpu: (
+        c.cluster > 2 and 2 * case.N * c.splits > gpu.sm_count and _too_much_shared(c, case, gpu, programs=2)
+    ),
     "more shared memory than a program may use": _too_much_shared,
     "more registers than a thread has": lambda c, case, gpu: registers(c, case) > REGISTERS,
     "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
