@@ -1,10 +1,9 @@
 """Device code of the selection kernel: one program computes one row, or one of `splits` parts of a row.
 
-A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. Tokens come
-in two ways. *Whole* tiles lie inside one span: one address and no mask, through a TMA descriptor with LOAD = "tma".
-What is left of each span, or all of it with LOAD = "gather", is *gathered*: the remainders are packed position by
-position and every token has its own address. No token outside the row's clamped spans is ever read, so that a NaN there
-cannot reach the result.
+A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. With LOAD =
+"gather" the tokens are packed position by position and each has its own address. Otherwise *whole* tiles lie inside one
+span: one address and no mask, through a TMA descriptor with LOAD = "tma". What they leave of each span is read in
+masked tiles of REST_L; one that comes through a descriptor reaches beyond its span, and a NaN there is kept out.
 Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
 """
 
@@ -53,7 +52,7 @@ def _part_acc(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.const
 
 
 @triton.jit
-def _add_parts(
+def _merge(
     parts_ptr,
     stride_part,
     n_parts,
@@ -63,7 +62,7 @@ def _add_parts(
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Add up columns offs_v of the parts of one row, UNROLL at a time; returns the sum, unnormalised, and its m and l.
+    """Merge columns offs_v of the parts of one row, UNROLL at a time; returns the result and its LSE of base 2.
 
     A part is acc [H, WIDTH], m [H], l [H]. No load depends on another, so that all of a round are in flight together.
     """
@@ -95,22 +94,21 @@ def _add_parts(
             beta = tl.exp2(m_part - shift)
             acc += part * beta[:, None]
             l_i += l_part * beta
-    return acc, m_i, l_i
+    denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
+    return acc / denom[:, None], m_i + tl.log2(denom)
 
 
 @triton.jit
 def _store_merged(
-    out_ptr, lse_ptr, acc, m_i, l_i, offs_v, WITH_LSE, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr
+    out_ptr, lse_ptr, out, lse, offs_v, WITH_LSE, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """Write columns offs_v of one row of the result, and its LSE if WITH_LSE."""
+    """Write columns offs_v of one row of the result, and its LSE (of base 2) if WITH_LSE."""
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    denom = tl.where(l_i == 0, 1.0, l_i)
-    out = (acc / denom[:, None]).to(out_ptr.dtype.element_ty)
     mask = mask_h[:, None] & (offs_v < DV)[None, :]
-    tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out, mask=mask)
+    tl.store(out_ptr + offs_h[:, None] * DV + offs_v[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
-        tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=mask_h & WITH_LSE)
+        tl.store(lse_ptr + offs_h, lse * LN_2, mask=mask_h & WITH_LSE)
 
 
 @triton.jit
@@ -185,8 +183,8 @@ def _sel_fwd(
     takes the spans i, i + splits, …, tile by tile. LATE_SUM: weights are summed over the threads once, after the loop.
     SPLIT (splits > 1): each part leaves its sums in part_ptr, and the last to arrive, by the counter count_ptr[row]
     that it sets back to zero, merges them in a fixed order. CLUSTER > 1: runs of so many parts are thread-block
-    clusters; each of their programs adds up BLOCK_M columns of its cluster, and where a row has more clusters the last
-    of those columns to arrive, by count_ptr[row · CLUSTER + rank], adds up the clusters' sums.
+    clusters; each of their programs merges BLOCK_M columns of its cluster, and where a row has more clusters the last
+    of those columns to arrive, by count_ptr[row · CLUSTER + rank], merges the clusters' results.
     """
     row = tl.program_id(0) // CLUSTER
     s = 0
@@ -256,46 +254,81 @@ def _sel_fwd(
     else:
         if LATE_SUM:
             l_i = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
-        n_tiles = 0
         offs_n = 0
         if BLOCK_N > 1:
             offs_n = tl.arange(0, BLOCK_N)
         start, end = load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE)
-        rest = start  # what is left of span j for gathering is [rest, end)
-        if LOAD != "gather":
-            n_whole = (end - start) // BLOCK_L
-            rest = start + n_whole * BLOCK_L
         first = start
-        first_rest = rest
-        left = end - rest
-        # Token = place + first + the gaps of the spans passed; gap j: from the end of span j to the start of j + 1.
         if BLOCK_N > 1:
-            first, first_end = load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
-            next_start, next_end = load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
-            stop = tl.cumsum(left, 0)  # where span j stops in the packed remainder
-            left = tl.sum(left)
-            gap = next_start - end
-            first_rest = first
-            if LOAD != "gather":
-                first_rest = first + (first_end - first) // BLOCK_L * BLOCK_L
-                gap += (next_end - next_start) // BLOCK_L * BLOCK_L
-                whole_gap = next_start - rest
-                whole_stop = tl.cumsum(n_whole, 0)
-                n_tiles = tl.sum(n_whole)
-        elif LOAD != "gather":
-            n_tiles = n_whole
+            first, _ = load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
+            next_start, _ = load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
         lo = 0
-        hi = n_tiles + tl.cdiv(left, REST_L)
-        if SPLIT:
-            share = tl.cdiv(hi, splits)
-            lo = split * share
-            hi = tl.minimum(lo + share, hi)
-        if LOAD != "gather":
+        if LOAD == "gather":
+            # Token = place + first + the gaps of the spans passed; gap j: from the end of span j to the start of j + 1.
+            n_tokens = end - start
+            if BLOCK_N > 1:
+                gap = next_start - end
+                stop = tl.cumsum(n_tokens, 0)  # where span j stops in the packed row
+                n_tokens = tl.sum(n_tokens)
+            hi = tl.cdiv(n_tokens, BLOCK_L)
+            if SPLIT:
+                share = tl.cdiv(hi, splits)
+                lo = split * share
+                hi = tl.minimum(lo + share, hi)
+            for t in range(lo, hi):
+                place = t * BLOCK_L + offs_l
+                token = first + place
+                if BLOCK_N > 1:
+                    token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
+                acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                    q0,
+                    q1,
+                    q2,
+                    q3,
+                    acc0,
+                    acc1,
+                    acc2,
+                    acc3,
+                    m_i,
+                    l_i,
+                    scale_log2,
+                    k_row,
+                    v_row,
+                    None,
+                    None,
+                    0,
+                    token,
+                    stride_kt * UNIT,
+                    stride_vt * UNIT,
+                    place < n_tokens,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    True,
+                )
+        else:
+            # Likewise for whole tiles, a gap reaching from the last of span j to the first of j + 1. Then the rests.
+            n_tiles = (end - start) // BLOCK_L
+            rest = start + n_tiles * BLOCK_L
+            n_rests = tl.cdiv(end - rest, REST_L)
+            if BLOCK_N > 1:
+                gap = next_start - rest
+                stop = tl.cumsum(n_tiles, 0)
+                n_tiles = tl.sum(n_tiles)
+                rest_stop = tl.cumsum(n_rests, 0)
+                first_rest = rest_stop - n_rests
+                n_rests = tl.sum(n_rests)
+            hi = n_tiles + n_rests
+            if SPLIT:
+                share = tl.cdiv(hi, splits)
+                lo = split * share
+                hi = tl.minimum(lo + share, hi)
             desc_row = (b * G + g).to(tl.int32) * S_kv
             for t in range(lo, tl.minimum(hi, n_tiles)):
                 token = first + t * BLOCK_L
                 if BLOCK_N > 1:
-                    token += tl.sum(tl.where(whole_stop <= t, whole_gap, 0))
+                    token += tl.sum(tl.where(stop <= t, gap, 0))
                 acc0, acc1, acc2, acc3, m_i, l_i = attend(
                     q0,
                     q1,
@@ -323,41 +356,44 @@ def _sel_fwd(
                     BLOCK_DV,
                     False,
                 )
-            if LATE_SUM:
-                l_i = tl.sum(l_i, 1)
-        for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
-            place = t * REST_L + tl.arange(0, REST_L)
-            token = first_rest + place
-            if BLOCK_N > 1:
-                token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
-            acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                q0,
-                q1,
-                q2,
-                q3,
-                acc0,
-                acc1,
-                acc2,
-                acc3,
-                m_i,
-                l_i,
-                scale_log2,
-                k_row,
-                v_row,
-                k_desc,
-                v_desc,
-                0,
-                token,
-                stride_kt * UNIT,
-                stride_vt * UNIT,
-                place < left,
-                D,
-                DV,
-                BLOCK_D,
-                BLOCK_DV,
-                True,
-            )
-        if LATE_SUM and LOAD == "gather":
+            rest_k = k_desc if REST_L == BLOCK_L else None
+            rest_v = v_desc if REST_L == BLOCK_L else None
+            for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
+                token = rest + t * REST_L
+                rest_end = end
+                if BLOCK_N > 1:
+                    here = (first_rest <= t) & (t < rest_stop)
+                    token = tl.sum(tl.where(here, rest + (t - first_rest) * REST_L, 0))
+                    rest_end = tl.sum(tl.where(here, end, 0))
+                tokens = token + tl.arange(0, REST_L)
+                acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                    q0,
+                    q1,
+                    q2,
+                    q3,
+                    acc0,
+                    acc1,
+                    acc2,
+                    acc3,
+                    m_i,
+                    l_i,
+                    scale_log2,
+                    k_row,
+                    v_row,
+                    rest_k,
+                    rest_v,
+                    (desc_row + token).to(tl.int32),
+                    tokens,
+                    stride_kt * UNIT,
+                    stride_vt * UNIT,
+                    tokens < rest_end,
+                    D,
+                    DV,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    True,
+                )
+        if LATE_SUM:
             l_i = tl.sum(l_i, 1)
 
     offs_h = tl.arange(0, BLOCK_H)
@@ -377,8 +413,8 @@ def _sel_fwd(
             tl.store(lse_ptr + offs_h, (m_i + tl.log2(denom)) * LN_2, mask=offs_h < H)
     else:
         DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
-        MERGED: tl.constexpr = H * (BLOCK_M + 2) if CLUSTER > 1 else 0
-        PART: tl.constexpr = H * (DV_PAD + 2) + MERGED  # acc [H, DV_PAD], m [H], l [H]; of a cluster's sum [H, BLOCK_M]
+        RESULT: tl.constexpr = H * (BLOCK_M + 2) if CLUSTER > 1 else 0
+        PART: tl.constexpr = H * (DV_PAD + 2) + RESULT  # acc [H, DV_PAD], m [H], l [H]; a cluster's [H, BLOCK_M]
         parts_at = part_ptr + out_row * splits * PART
         mine = parts_at + split * PART
         mask_h = offs_h < H
@@ -398,25 +434,25 @@ def _sel_fwd(
                 tl.store(count_ptr + out_row, 0)
                 for column in range(0, DV, BLOCK_M):
                     offs_v = column + offs_m
-                    acc, m_i, l_i = _add_parts(parts_at, PART, splits, offs_v, H, DV_PAD, BLOCK_H, UNROLL)
-                    _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, column == 0, H, DV, BLOCK_H)
+                    out, lse = _merge(parts_at, PART, splits, offs_v, H, DV_PAD, BLOCK_H, UNROLL)
+                    _store_merged(out_at, lse_ptr, out, lse, offs_v, column == 0, H, DV, BLOCK_H)
         else:
             rank = _cluster_sync(rank)
             offs_v = rank * BLOCK_M + offs_m
             first_at = parts_at + (split - rank) * PART
-            acc, m_i, l_i = _add_parts(first_at, PART, CLUSTER, offs_v, H, DV_PAD, BLOCK_H, CLUSTER)
+            out, lse = _merge(first_at, PART, CLUSTER, offs_v, H, DV_PAD, BLOCK_H, CLUSTER)
             if splits == CLUSTER:
-                _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, rank == 0, H, DV, BLOCK_H)
-            else:
-                sum_at = mine + H * (DV_PAD + 2)
-                tl.store(sum_at + offs_h[:, None] * BLOCK_M + offs_m[None, :], acc, mask=mask_h[:, None])
-                tl.store(sum_at + H * BLOCK_M + offs_h, m_i, mask=mask_h)
-                tl.store(sum_at + H * (BLOCK_M + 1) + offs_h, l_i, mask=mask_h)
+                _store_merged(out_at, lse_ptr, out, lse, offs_v, rank == 0, H, DV, BLOCK_H)
+            else:  # the result of a cluster is a part like any other, with l = 1 where it has tokens
+                result_at = mine + H * (DV_PAD + 2)
+                tl.store(result_at + offs_h[:, None] * BLOCK_M + offs_m[None, :], out, mask=mask_h[:, None])
+                tl.store(result_at + H * BLOCK_M + offs_h, lse, mask=mask_h)
+                tl.store(result_at + H * (BLOCK_M + 1) + offs_h, tl.where(lse == float("-inf"), 0.0, 1.0), mask=mask_h)
                 tl.debug_barrier()
                 count_at = count_ptr + out_row * CLUSTER + rank
                 if tl.atomic_add(count_at, 1, sem="acq_rel") == splits // CLUSTER - 1:
                     tl.store(count_at, 0)
                     first_at = parts_at + rank * PART + H * (DV_PAD + 2)
-                    n_sums = splits // CLUSTER
-                    acc, m_i, l_i = _add_parts(first_at, CLUSTER * PART, n_sums, offs_m, H, BLOCK_M, BLOCK_H, UNROLL)
-                    _store_merged(out_at, lse_ptr, acc, m_i, l_i, offs_v, rank == 0, H, DV, BLOCK_H)
+                    n_results = splits // CLUSTER
+                    out, lse = _merge(first_at, CLUSTER * PART, n_results, offs_m, H, BLOCK_M, BLOCK_H, UNROLL)
+                    _store_merged(out_at, lse_ptr, out, lse, offs_v, rank == 0, H, DV, BLOCK_H)

@@ -14,14 +14,13 @@ SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
 MAX_SPLITS = 64  # one program merges them all
 MERGE_UNROLL = 8  # parts that the merge loads together
 MERGE_REGISTERS = 128  # of each thread, that hold them
-REST_L, REST_STAGES = 16, 2  # of the loop over what whole tiles leave over
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Name every compile-time choice of one launch.
 
-    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers, the rest gathered),
+    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers),
     "tma" (those tiles through TMA descriptors) or "span" (each program takes whole spans). block_l: tokens a tile;
     block_d, block_dv: columns a chunk of D and Dv. splits: programs a row. max_registers: a thread's limit, 0 = none.
     cluster: programs of a row that merge as a thread-block cluster, dividing splits; 1: the last to arrive merges all.
@@ -58,9 +57,14 @@ class LaunchConfig:
             columns = max(16, min(self.block_dv, values // MERGE_UNROLL))
         return columns, min(max(values // columns, 1), 2 * MERGE_UNROLL if self.cluster > 1 else MERGE_UNROLL)
 
+    def _rest(self) -> tuple[int, int]:
+        """Return tokens a tile and stages of the loop over what whole tiles leave of a span."""
+        if self.num_warps < 4 or self.block_l > 32 * self.num_warps:  # a masked tile as large takes many registers
+            return 16, 2 if self.num_warps == 1 else 1
+        return self.block_l, 1 if self.load == "tma" else 2
+
     def constants(self, H: int, Dv: int, n_spans: int) -> tuple:
         """Return the kernel's compile-time arguments from BLOCK_H to LATE_SUM."""
-        rest = (REST_L, REST_STAGES) if self.load in ("whole", "tma") else (self.block_l, self.num_stages)
         block_n = next(n for n in SPAN_BUCKETS if n_spans <= n)
         return (
             padded_heads(H),
@@ -72,7 +76,7 @@ class LaunchConfig:
             self.splits > 1,
             self.cluster,
             self.load,
-            *rest,
+            *self._rest(),
             # Where few warps share a tile the sums of each thread would take too many registers.
             self.load != "span" and self.num_warps >= 4 and padded_heads(H) * self.block_l <= 512 * self.num_warps,
         )
@@ -163,15 +167,19 @@ def choose(
     if shared_kv and n_spans > 1 and mean_span >= 32 and rows_per_sm >= 4:
         if not has_tma:
             return config("whole", 32, 1, 2)
-        return config("tma", 64, 1, 2, registers=216) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=144)
+        return config("tma", 64, 1, 2, registers=232) if D + Dv <= 256 else config("tma", 32, 1, 2, registers=152)
     if has_clusters and has_tma and (n_spans > 1 or one_length):
         clustered = _clustered(N, max_len, n_spans, D + Dv, sm_count)
         if clustered is not None:
             return config(*clustered)
     if n_spans == 1 and one_length and has_tma and max_len > 32 and D + Dv <= 256:
         large = config(*_one_span(N, max_len, D + Dv, sm_count))
-        if large.load == "gather" or max_len % large.block_l == 0:  # what a tile leaves over is gathered, slowly
+        if large.load == "gather" or max_len % large.block_l == 0:  # most of these tiles leave their rest to small ones
             return large
+    if n_spans == 1 and not one_length and has_tma and 128 < D + Dv <= 256:
+        unequal = _unequal(N, max_len, sm_count, has_clusters)
+        if unequal is not None:
+            return config(*unequal)
     if max_len <= 16:
         return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
     if max_len <= 32:
@@ -221,6 +229,26 @@ def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int
         splits = max(1, sm_count // N)
     part = -(-max_len // splits)
     return ("tma", 128 if part <= 128 else 256, 4, 2, splits) if part <= 256 else ("tma", 128, 4, 3, splits)
+
+
+def _unequal(N: int, max_len: int, sm_count: int, has_clusters: bool) -> tuple | None:
+    """Choose the arguments of `config` for rows of one span and of different, or unknown, lengths, with TMA.
+
+    None: as rows of one length. Where the longest rows decide, they are split more than filling the GPU would ask for.
+    """
+    rows_per_sm = N / sm_count
+    if rows_per_sm >= 4:
+        if max_len <= 256:
+            return None
+        return ("gather", 64, 4, 3) if max_len <= 1024 else ("tma", 64, 4, 3)
+    if max_len <= 256:
+        return ("gather", 64, 4, 3) if max_len > 32 else None
+    few = rows_per_sm <= 1 / 8
+    if has_clusters and max_len > 1024:
+        return ("tma", 64, 4, 3, 8, 0, 8) if few else ("tma", 64, 4, 3, 4, 0, 4)
+    if has_clusters and rows_per_sm <= 1 / 2:
+        return ("tma", 128, 4, 2, 4, 0, 4) if few else ("tma", 128, 4, 3, 2, 0, 2)
+    return None
 
 
 def _clustered(
