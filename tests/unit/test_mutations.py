@@ -55,8 +55,8 @@ FAULTS = [
     Fault(
         "the running maximum grows and the sums are not rescaled",
         "tiles.py",
-        "l_i = l_i * alpha + tl.sum(p, 1)",
-        "l_i = l_i + tl.sum(p, 1)",
+        "l_i = l_i * alpha[:, None] + p if len(l_i.shape) == 2 else l_i * alpha + tl.sum(p, 1)",
+        "l_i = l_i + p if len(l_i.shape) == 2 else l_i + tl.sum(p, 1)",
         LAYOUTS + "of_large_logits",
     ),
     Fault(
@@ -69,9 +69,23 @@ FAULTS = [
     Fault(
         "the last tile is dropped",
         "kernels.py",
-        "hi = n_tiles + tl.cdiv(left, REST_L)",
-        "hi = n_tiles + tl.maximum(tl.cdiv(left, REST_L) - 1, 0)",
+        "hi = tl.cdiv(n_tokens, BLOCK_L)",
+        "hi = tl.maximum(tl.cdiv(n_tokens, BLOCK_L) - 1, 0)",
         ONE_RUN,
+    ),
+    Fault(
+        "what whole tiles leave of a span is dropped",
+        "kernels.py",
+        "hi = n_tiles + n_rests",
+        "hi = n_tiles",
+        "tests/parity/test_variants.py::test_triton_sel_parity_of_nan_beside_the_spans[whole]",
+    ),
+    Fault(
+        "values beyond the end of a span are not masked",
+        "tiles.py",
+        "return tl.where(mask_l[:, None], tile, 0.0) if MASKED and desc is not None else tile",
+        "return tile",
+        "tests/parity/test_variants.py::test_triton_sel_parity_of_nan_beside_the_spans[tma]",
     ),
     Fault(
         "the groups are swapped",
@@ -83,8 +97,8 @@ FAULTS = [
     Fault(
         "the parts of a split row are added without their weights",
         "kernels.py",
-        "acc = acc * alpha[:, None] + part * beta[:, None]",
-        "acc = acc + part",
+        "acc += part * beta[:, None]",
+        "acc += part",
         "tests/parity/test_variants.py::test_triton_sel_parity_of_column_chunks[16-64]",
     ),
     Fault(
