@@ -73,21 +73,6 @@ def test_triton_sel_parity_of_launch_variants(dtype, H, D, Dv, tiles, splits, ev
             check(Case(RANGES, S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config))
 
 
-@pytest.mark.parametrize("load", LOADS)
-def test_triton_sel_parity_of_nan_beside_the_spans(load):
-    """The last tile of a span may be read beyond its end."""
-    if load == "tma" and not has_tma():
-        pytest.skip("TMA descriptors need Triton 3.4 and compute capability 9.0")
-    ranges = rows([(3, 70), (100, 133), (139, 140)])
-    beside = "beside = [*range(3), *range(70, 100), *range(133, 139), *range(140, 150)]"
-    for config in small_covering():
-        if config.load == load:
-            for warps in (1, 4):  # one warp reads the rest of a span in small tiles
-                launch = replace(config, num_warps=warps)
-                edit = f"{beside}; k[:, :, beside] = v[:, :, beside] = float('nan')"
-                check(Case(ranges, 150, edit=edit, launch=launch))
-
-
 @pytest.mark.parametrize(("block_d", "block_dv"), ((16, 64), (64, 16), (32, 32)))
 def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
     for load in {config.load for config in small_covering()}:
