@@ -26,22 +26,26 @@ COMPILE_LIMIT_S = 150  # for all variants; a worker that died is waited for in v
 
 
 def compile_one(job: tuple[tuning.LaunchConfig, int, torch.dtype]) -> None:
-    """Leave a variant in Triton's disk cache: run it once, in a process of its own, on a row that selects nothing."""
+    """Leave a variant in Triton's disk cache: run it once, in a process of its own, on rows that select nothing."""
     from nsa_sel import triton_fwd
 
     config, n_spans, dtype = job
-    q = torch.zeros(1, 1, 1, H, D, dtype=torch.bfloat16, device="cuda")
+    q = torch.zeros(1, 2, 1, H, D, dtype=torch.bfloat16, device="cuda")
     kv = torch.zeros(1, 1, 256, D, dtype=torch.bfloat16, device="cuda")
-    triton_fwd.forward(q, kv, kv, torch.zeros(1, 1, 1, n_spans, 2, dtype=dtype, device="cuda"), launch=config)
+    triton_fwd.forward(q, kv, kv, torch.zeros(1, 2, 1, n_spans, 2, dtype=dtype, device="cuda"), launch=config)
     torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
 def configs() -> list[tuning.LaunchConfig]:
     """Return the variants, compiled on all cores: one after another they take minutes."""
+    from parity_case import has_clusters
     from test_variants import covering
 
     found = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
+    if has_clusters():
+        kinds = (("gather", 8, 8), ("tma", 8, 8), ("tma", 8, 2))
+        found += [tuning.LaunchConfig(load, 64, D, D, 4, 2, n, cluster=cluster) for load, n, cluster in kinds]
     if torch.cuda.get_device_capability() < (9, 0):
         found = [config for config in found if config.load != "tma"]
     jobs = [(config, *kind) for config in found for kind in KINDS]
