@@ -245,6 +245,8 @@ class Plan:
                 else:
                     self.direct_lse = direct
             if self.config.cluster > 1:
+                if direct is None:
+                    raise RuntimeError("it takes scratch memory, which only the public launch provides")
                 return self._run(q, k, v, ranges, out, lse)
         except torch.cuda.OutOfMemoryError:
             raise
