@@ -123,6 +123,13 @@ def test_a_launch_with_tma_is_only_for_tensors_that_fit_it(folders):
     assert lookup(has_tma=False) is None
 
 
+def test_a_launch_with_clusters_is_only_for_gpus_that_have_them(folders):
+    launch = replace(TUNED, cluster=2)
+    write(folders[1], table(launch))
+    assert lookup() is None
+    assert lookup(has_clusters=True) == launch
+
+
 def test_another_gpu_finds_nothing(folders):
     write(folders[1], table())
     assert lookup(gpu="NVIDIA H200 NVL") is None
@@ -174,6 +181,8 @@ DAMAGED = {
     "a number as text": damage(("num_warps", "4")),
     "a flag as a number": damage(("num_warps", True)),
     "a fraction": damage(("length", 6.5)),
+    "clusters that the parts do not fill": damage(("cluster", 3)),
+    "no cluster": damage(("cluster", 0)),
 }
 
 
