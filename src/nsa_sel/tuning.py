@@ -37,16 +37,20 @@ class LaunchConfig:
     cluster: int = 1
 
     def __str__(self) -> str:
-        limit = f" r{self.max_registers}" if self.max_registers else ""
-        limit += f" cluster{self.cluster}" if self.cluster > 1 else ""
+        more = f" r{self.max_registers}" if self.max_registers else ""
+        more += f" cluster{self.cluster}" if self.cluster > 1 else ""
         return (
             f"{self.load} BL{self.block_l} BD{self.block_d} BDV{self.block_dv} "
-            f"w{self.num_warps} s{self.num_stages} split{self.splits}{limit}"
+            f"w{self.num_warps} s{self.num_stages} split{self.splits}{more}"
         )
+
+    def with_fewest_parts(self) -> LaunchConfig:
+        """Return the launch of fewest parts that runs the same kernel: their number is a run-time argument."""
+        return replace(self, splits=min(self.splits, max(2, self.cluster)))
 
     def part_floats(self, H: int, Dv: int) -> int:
         """Return how many fp32 values each part of a row leaves in the workspace."""
-        own = H * (-(-Dv // self.block_dv) * self.block_dv + 2)
+        own = H * (padded_width(Dv, self.block_dv) + 2)
         return own + H * (self._merge(H, Dv)[0] + 2) if self.cluster > 1 else own
 
     def _merge(self, H: int, Dv: int) -> tuple[int, int]:
@@ -98,13 +102,17 @@ def chunk_width(width: int) -> int:
     return min(candidates, key=lambda c: (-(-width // c) * c, -c))
 
 
+def padded_width(width: int, block: int) -> int:
+    """Return the columns of D or Dv with those that its last chunk adds."""
+    return -(-width // block) * block
+
+
 def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: int) -> int:
     """Estimate a program's shared memory in bytes: the tiles in flight, the exchange of scores and of the result.
 
     Products of fp32 run without tensor cores and take all their operands from there: q and the weights too.
     """
-    k_columns = -(-D // config.block_d) * config.block_d
-    v_columns = -(-Dv // config.block_dv) * config.block_dv
+    k_columns, v_columns = padded_width(D, config.block_d), padded_width(Dv, config.block_dv)
     block_h = padded_heads(H)
     if config.num_stages > 1:
         columns = (config.num_stages - 1) * (k_columns + v_columns)

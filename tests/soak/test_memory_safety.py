@@ -46,8 +46,6 @@ def configs() -> list[tuning.LaunchConfig]:
     if has_clusters():
         kinds = (("gather", 8, 8), ("tma", 8, 8), ("tma", 8, 2))
         found += [tuning.LaunchConfig(load, 64, D, D, 4, 2, n, cluster=cluster) for load, n, cluster in kinds]
-    if torch.cuda.get_device_capability() < (9, 0):
-        found = [config for config in found if config.load != "tma"]
     jobs = [(config, *kind) for config in found for kind in KINDS]
     with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
         pool.map_async(compile_one, jobs, chunksize=1).get(COMPILE_LIMIT_S)

@@ -132,7 +132,7 @@ def test_programs_of_large_clusters_leave_room_for_a_second_on_their_multiproces
             assert 2 * tuning.shared_memory(config, 8, D, D, 2) <= 227 * 1024, config
 
 
-@pytest.mark.parametrize("change", [{"max_len": 1000}, {"n_spans": 4}])
+@pytest.mark.parametrize("change", [{"one_length": False}, {"max_len": 1000}, {"n_spans": 4}])
 def test_tiles_longer_than_64_are_for_rows_that_they_fill(change):
     """What is left of a row would be read in small ones."""
     call = {"N": 64, "n_spans": 1, "max_len": 1024, "one_length": True, "has_clusters": False}

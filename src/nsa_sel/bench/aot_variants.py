@@ -94,9 +94,7 @@ def chosen(arch: int, dtype: str, shape: Shape, sm_count: int, tensors: str = "p
         shared_bytes=gpu.shared_bytes,
         has_tma=gpu.has_tma and tensors != "odd strides",
         has_clusters=gpu.has_clusters,
-    )
-    # One part or several, or one cluster of them: their number is a run-time argument.
-    config = replace(config, splits=min(config.splits, max(2, config.cluster)))
+    ).with_fewest_parts()
     bucket = next(n for n in tuning.SPAN_BUCKETS if shape.n_spans <= n)  # the kernel is compiled for all of its spans
     in_matrix = tensors == "plain" and dtype in cases.DTYPES and shape in _matrix()
     return Variant(arch, dtype, shape.H, shape.D, shape.Dv, bucket, config, tensors, in_matrix)

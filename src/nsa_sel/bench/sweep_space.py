@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nsa_sel import tuning
 from nsa_sel.bench.cases import Case
 from nsa_sel.tuned_table import Key
-from nsa_sel.tuning import LaunchConfig, chunk_width, padded_heads
+from nsa_sel.tuning import LaunchConfig, chunk_width, padded_heads, padded_width
 
 LOADS = tuple(dict.fromkeys(config.load for config in tuning.candidate_configs(8, 128, 128)))
 WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
@@ -58,9 +58,7 @@ class Variant:
 def variant(case: Case, launch: LaunchConfig) -> Variant:
     """Return the kernel that a case needs for a launch; the same for launches that it is not compiled apart for."""
     n_spans = next(n for n in tuning.SPAN_BUCKETS if case.n_spans <= n)
-    halves = replace(launch, splits=min(launch.splits, max(2, launch.cluster)))
-    same = halves.constants(case.H, case.Dv, n_spans) == launch.constants(case.H, case.Dv, n_spans)
-    return Variant(case.dtype, min(case.S, 2), case.H, case.D, case.Dv, n_spans, halves if same else launch)
+    return Variant(case.dtype, min(case.S, 2), case.H, case.D, case.Dv, n_spans, launch.with_fewest_parts())
 
 
 def key(case: Case, gpu: Gpu) -> Key:
@@ -118,16 +116,12 @@ def registers(launch: LaunchConfig, case: Case) -> int:
     """
     block_h = padded_heads(case.H)
     size = ELEMENT_BYTES[case.dtype]
-    width_d, width_dv = _padded(case.D, launch.block_d), _padded(case.Dv, launch.block_dv)
+    width_d, width_dv = padded_width(case.D, launch.block_d), padded_width(case.Dv, launch.block_dv)
     result = block_h * width_dv
     scores = block_h * launch.block_l * (4 + size) // 4
     addresses = 0 if launch.load in WHOLE_LOADS else 2 * launch.block_l * (width_d + width_dv) * size // 16
     q = 16 * width_d * size // 4 // 32  # warps divide the tokens, each needs the q of its 16 heads
     return q + (result + scores + addresses) // (32 * launch.num_warps)
-
-
-def _padded(width: int, block: int) -> int:
-    return -(-width // block) * block
 
 
 def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu, programs: int = 1) -> bool:
