@@ -100,6 +100,9 @@ def test_variations_include_chunks_stages_and_registers():
 def test_launches_that_differ_in_splits_alone_are_one_kernel():
     splits = [replace(UNTUNED, splits=n) for n in (1, 2, 4, 32)]
     assert len({sweep_space.variant(DECODE, launch) for launch in splits}) == 2
+    clusters = [replace(UNTUNED, splits=n, cluster=cluster) for n in (8, 16, 64) for cluster in (2, 8)]
+    variants = {sweep_space.variant(DECODE, launch) for launch in clusters}
+    assert {(variant.launch.splits, variant.launch.cluster) for variant in variants} == {(2, 2), (8, 8)}
     assert sweep_space.variant(MANY, UNTUNED) == sweep_space.variant(MIXED, UNTUNED)
     assert sweep_space.variant(MANY, UNTUNED) != sweep_space.variant(FEW, UNTUNED)
 
