@@ -1,9 +1,10 @@
 """Device code of the selection kernel: one program computes one row, or one of `splits` parts of a row.
 
 A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. With LOAD =
-"gather" the tokens are packed position by position and each has its own address. Otherwise *whole* tiles lie inside one
-span: one address and no mask, through a TMA descriptor with LOAD = "tma". What they leave of each span is read in
-masked tiles of REST_L; one that comes through a descriptor reaches beyond its span, and a NaN there is kept out.
+"gather" the tokens are packed position by position and each has its own address; a last tile that is not full reads
+the row's last token again, without weight. Otherwise *whole* tiles lie inside one span: one address and no mask,
+through a TMA descriptor with LOAD = "tma". What they leave of each span is read in masked tiles of REST_L; one that
+comes through a descriptor reaches beyond its span, and a NaN there is kept out.
 Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
 """
 
@@ -42,7 +43,7 @@ def _store_out(
     offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
     mask = (offs_h < H)[:, None] & (offs_v < DV)[None, :]
     at = out_ptr + offs_h[:, None] * DV + offs_v[None, :]
-    tl.store(at, (acc / denom[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(at, (acc * (1.0 / denom)[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _merge(
             acc += part * beta[:, None]
             l_i += l_part * beta
     denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
-    return acc / denom[:, None], m_i + tl.log2(denom)
+    return acc * (1.0 / denom)[:, None], m_i + tl.log2(denom)
 
 
 @triton.jit
@@ -142,20 +143,20 @@ def _sel_fwd(
     S_kv: tl.int32,
     n_spans: tl.int32,
     splits: tl.int32,
-    stride_qb: tl.int64,
-    stride_qs: tl.int64,
-    stride_qg: tl.int64,
-    stride_qh: tl.int64,
-    stride_kb: tl.int64,
-    stride_kg: tl.int64,
-    stride_kt: tl.int64,
-    stride_vb: tl.int64,
-    stride_vg: tl.int64,
-    stride_vt: tl.int64,
-    stride_rb: tl.int64,
-    stride_rs: tl.int64,
-    stride_rg: tl.int64,
-    stride_rn: tl.int64,
+    stride_qb,
+    stride_qs,
+    stride_qg,
+    stride_qh,
+    stride_kb,
+    stride_kg,
+    stride_kt,
+    stride_vb,
+    stride_vg,
+    stride_vt,
+    stride_rb,
+    stride_rs,
+    stride_rg,
+    stride_rn,
     H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -179,8 +180,8 @@ def _sel_fwd(
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
     Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. QUERIES: S > 1.
-    LOAD: "gather", "whole", "tma" as the module says; with these the parts of a row are runs of tiles. "span": part i
-    takes the spans i, i + splits, …, tile by tile. LATE_SUM: weights are summed over the threads once, after the loop.
+    WIDE: places in a row, or offsets from its first token, take 64 bits. LOAD: "gather", "whole", "tma" as the module
+    says; the parts of a row are runs of tiles. LATE_SUM: weights are summed over the threads once, after the loop.
     SPLIT (splits > 1): each part leaves its sums in part_ptr, and the last to arrive, by the counter count_ptr[row]
     that it sets back to zero, merges them in a fixed order. CLUSTER > 1: runs of so many parts are thread-block
     clusters; each of their programs merges BLOCK_M columns of its cluster, and where a row has more clusters the last
@@ -190,24 +191,24 @@ def _sel_fwd(
     s = 0
     b = row.to(tl.int64)
     if QUERIES:  # a division that decode and packed rows do without
-        s = S - 1 - row % S  # causal rows grow with s: the longest start first
+        s = (S - 1 - row % S).to(tl.int64)  # causal rows grow with s: the longest start first
         b = (row // S).to(tl.int64)
-    g = tl.program_id(1)
+    g = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(0) % CLUSTER
     split = tl.program_id(2) * CLUSTER + rank
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
-    q0 = load_q(q_row, stride_qh * UNIT, 0, H, D, BLOCK_H, BLOCK_D)
+    q0 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, 0, H, D, BLOCK_H, BLOCK_D)
     q1 = q0
     q2 = q0
     q3 = q0
     if D > BLOCK_D:
-        q1 = load_q(q_row, stride_qh * UNIT, 1, H, D, BLOCK_H, BLOCK_D)
+        q1 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, 1, H, D, BLOCK_H, BLOCK_D)
     if D > 2 * BLOCK_D:
-        q2 = load_q(q_row, stride_qh * UNIT, 2, H, D, BLOCK_H, BLOCK_D)
+        q2 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, 2, H, D, BLOCK_H, BLOCK_D)
     if D > 3 * BLOCK_D:
-        q3 = load_q(q_row, stride_qh * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
+        q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, 3, H, D, BLOCK_H, BLOCK_D)
 
     m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_H], tl.float32)
@@ -219,182 +220,160 @@ def _sel_fwd(
     row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * UNIT
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
-    if LOAD == "span":
-        for n in range(split, n_spans, splits):
-            start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, WIDE)
-            for at in range(start, end, BLOCK_L):
-                token = at + offs_l
-                acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                    q0,
-                    q1,
-                    q2,
-                    q3,
-                    acc0,
-                    acc1,
-                    acc2,
-                    acc3,
-                    m_i,
-                    l_i,
-                    scale_log2,
-                    k_row,
-                    v_row,
-                    None,
-                    None,
-                    0,
-                    token,
-                    stride_kt * UNIT,
-                    stride_vt * UNIT,
-                    token < end,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    True,
-                )
+    step_k = stride_kt.to(tl.int64 if WIDE else tl.int32) * UNIT
+    step_v = stride_vt.to(tl.int64 if WIDE else tl.int32) * UNIT
+    if LATE_SUM:
+        l_i = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
+    offs_n = 0
+    if BLOCK_N > 1:
+        offs_n = tl.arange(0, BLOCK_N)
+    start, end = load_spans(row_ptr, stride_rn.to(tl.int64), offs_n, n_spans, S_kv, WIDE)
+    first = start
+    if BLOCK_N > 1:
+        first, _ = load_spans(row_ptr, stride_rn.to(tl.int64), 0, n_spans, S_kv, WIDE)
+        next_start, _ = load_spans(row_ptr, stride_rn.to(tl.int64), offs_n + 1, n_spans, S_kv, WIDE)
+    lo = 0
+    if LOAD == "gather":
+        # Token = place + first + the gaps of the spans passed; gap j: from the end of span j to the start of j + 1.
+        n_tokens = end - start
+        if BLOCK_N > 1:
+            gap = next_start - end
+            stop = tl.cumsum(n_tokens, 0)  # where span j stops in the packed row
+            n_tokens = tl.sum(n_tokens)
+        # The last token once more costs less than masks on every load, but for many such tokens.
+        SKIP: tl.constexpr = BLOCK_N == 1 and BLOCK_L >= 64
+        hi = tl.cdiv(n_tokens, BLOCK_L)
+        if SPLIT:
+            share = tl.cdiv(hi, splits)
+            lo = split * share
+            hi = tl.minimum(lo + share, hi)
+        for t in range(lo, hi):
+            place = t * BLOCK_L + offs_l
+            there = place < n_tokens
+            if not SKIP:
+                place = tl.minimum(place, n_tokens - 1)
+            token = first + place
+            if BLOCK_N > 1:
+                token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
+            acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                q0,
+                q1,
+                q2,
+                q3,
+                acc0,
+                acc1,
+                acc2,
+                acc3,
+                m_i,
+                l_i,
+                scale_log2,
+                k_row,
+                v_row,
+                None,
+                None,
+                0,
+                token,
+                step_k,
+                step_v,
+                there,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                True,
+                SKIP,
+            )
     else:
-        if LATE_SUM:
-            l_i = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
-        offs_n = 0
+        # Likewise for whole tiles, a gap reaching from the last of span j to the first of j + 1. Then the rests.
+        n_tiles = (end - start) // BLOCK_L
+        rest = start + n_tiles * BLOCK_L
+        n_rests = tl.cdiv(end - rest, REST_L)
         if BLOCK_N > 1:
-            offs_n = tl.arange(0, BLOCK_N)
-        start, end = load_spans(row_ptr, stride_rn, offs_n, n_spans, S_kv, WIDE)
-        first = start
-        if BLOCK_N > 1:
-            first, _ = load_spans(row_ptr, stride_rn, 0, n_spans, S_kv, WIDE)
-            next_start, _ = load_spans(row_ptr, stride_rn, offs_n + 1, n_spans, S_kv, WIDE)
-        lo = 0
-        if LOAD == "gather":
-            # Token = place + first + the gaps of the spans passed; gap j: from the end of span j to the start of j + 1.
-            n_tokens = end - start
+            gap = next_start - rest
+            stop = tl.cumsum(n_tiles, 0)
+            n_tiles = tl.sum(n_tiles)
+            rest_stop = tl.cumsum(n_rests, 0)
+            first_rest = rest_stop - n_rests
+            n_rests = tl.sum(n_rests)
+        hi = n_tiles + n_rests
+        if SPLIT:
+            share = tl.cdiv(hi, splits)
+            lo = split * share
+            hi = tl.minimum(lo + share, hi)
+        desc_row = (b * G + g).to(tl.int32) * S_kv
+        for t in range(lo, tl.minimum(hi, n_tiles)):
+            token = first + t * BLOCK_L
             if BLOCK_N > 1:
-                gap = next_start - end
-                stop = tl.cumsum(n_tokens, 0)  # where span j stops in the packed row
-                n_tokens = tl.sum(n_tokens)
-            hi = tl.cdiv(n_tokens, BLOCK_L)
-            if SPLIT:
-                share = tl.cdiv(hi, splits)
-                lo = split * share
-                hi = tl.minimum(lo + share, hi)
-            for t in range(lo, hi):
-                place = t * BLOCK_L + offs_l
-                token = first + place
-                if BLOCK_N > 1:
-                    token += tl.sum(tl.where(stop[:, None] <= place[None, :], gap[:, None], 0), axis=0)
-                acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                    q0,
-                    q1,
-                    q2,
-                    q3,
-                    acc0,
-                    acc1,
-                    acc2,
-                    acc3,
-                    m_i,
-                    l_i,
-                    scale_log2,
-                    k_row,
-                    v_row,
-                    None,
-                    None,
-                    0,
-                    token,
-                    stride_kt * UNIT,
-                    stride_vt * UNIT,
-                    place < n_tokens,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    True,
-                )
-        else:
-            # Likewise for whole tiles, a gap reaching from the last of span j to the first of j + 1. Then the rests.
-            n_tiles = (end - start) // BLOCK_L
-            rest = start + n_tiles * BLOCK_L
-            n_rests = tl.cdiv(end - rest, REST_L)
+                token += tl.sum(tl.where(stop <= t, gap, 0))
+            acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                q0,
+                q1,
+                q2,
+                q3,
+                acc0,
+                acc1,
+                acc2,
+                acc3,
+                m_i,
+                l_i,
+                scale_log2,
+                k_row,
+                v_row,
+                k_desc,
+                v_desc,
+                (desc_row + token).to(tl.int32),
+                token + offs_l,
+                step_k,
+                step_v,
+                offs_l < BLOCK_L,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                False,
+                False,
+            )
+        rest_k = k_desc if REST_L == BLOCK_L else None
+        rest_v = v_desc if REST_L == BLOCK_L else None
+        for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
+            token = rest + t * REST_L
+            rest_end = end
             if BLOCK_N > 1:
-                gap = next_start - rest
-                stop = tl.cumsum(n_tiles, 0)
-                n_tiles = tl.sum(n_tiles)
-                rest_stop = tl.cumsum(n_rests, 0)
-                first_rest = rest_stop - n_rests
-                n_rests = tl.sum(n_rests)
-            hi = n_tiles + n_rests
-            if SPLIT:
-                share = tl.cdiv(hi, splits)
-                lo = split * share
-                hi = tl.minimum(lo + share, hi)
-            desc_row = (b * G + g).to(tl.int32) * S_kv
-            for t in range(lo, tl.minimum(hi, n_tiles)):
-                token = first + t * BLOCK_L
-                if BLOCK_N > 1:
-                    token += tl.sum(tl.where(stop <= t, gap, 0))
-                acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                    q0,
-                    q1,
-                    q2,
-                    q3,
-                    acc0,
-                    acc1,
-                    acc2,
-                    acc3,
-                    m_i,
-                    l_i,
-                    scale_log2,
-                    k_row,
-                    v_row,
-                    k_desc,
-                    v_desc,
-                    (desc_row + token).to(tl.int32),
-                    token + offs_l,
-                    stride_kt * UNIT,
-                    stride_vt * UNIT,
-                    offs_l < BLOCK_L,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    False,
-                )
-            rest_k = k_desc if REST_L == BLOCK_L else None
-            rest_v = v_desc if REST_L == BLOCK_L else None
-            for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
-                token = rest + t * REST_L
-                rest_end = end
-                if BLOCK_N > 1:
-                    here = (first_rest <= t) & (t < rest_stop)
-                    token = tl.sum(tl.where(here, rest + (t - first_rest) * REST_L, 0))
-                    rest_end = tl.sum(tl.where(here, end, 0))
-                tokens = token + tl.arange(0, REST_L)
-                acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                    q0,
-                    q1,
-                    q2,
-                    q3,
-                    acc0,
-                    acc1,
-                    acc2,
-                    acc3,
-                    m_i,
-                    l_i,
-                    scale_log2,
-                    k_row,
-                    v_row,
-                    rest_k,
-                    rest_v,
-                    (desc_row + token).to(tl.int32),
-                    tokens,
-                    stride_kt * UNIT,
-                    stride_vt * UNIT,
-                    tokens < rest_end,
-                    D,
-                    DV,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    True,
-                )
-        if LATE_SUM:
-            l_i = tl.sum(l_i, 1)
+                here = (first_rest <= t) & (t < rest_stop)
+                token = tl.sum(tl.where(here, rest + (t - first_rest) * REST_L, 0))
+                rest_end = tl.sum(tl.where(here, end, 0))
+            tokens = token + tl.arange(0, REST_L)
+            there = tokens < rest_end
+            acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                q0,
+                q1,
+                q2,
+                q3,
+                acc0,
+                acc1,
+                acc2,
+                acc3,
+                m_i,
+                l_i,
+                scale_log2,
+                k_row,
+                v_row,
+                rest_k,
+                rest_v,
+                (desc_row + token).to(tl.int32),
+                tl.minimum(tokens, rest_end - 1),
+                step_k,
+                step_v,
+                there,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_DV,
+                True,
+                False,
+            )
+    if LATE_SUM:
+        l_i = tl.sum(l_i, 1)
 
     offs_h = tl.arange(0, BLOCK_H)
     out_at = out_ptr + out_row * (H * DV)

@@ -43,14 +43,19 @@ def load_tile(
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    SKIP: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):
-    """Load columns [C·BLOCK, (C+1)·BLOCK) of a tile; zeros outside WIDTH and, without a descriptor, outside mask_l."""
+    """Load columns [C·BLOCK, (C+1)·BLOCK) of a tile, zeros outside WIDTH: the tokens, or through desc a run of them.
+
+    SKIP: tokens outside mask_l are not read and give zeros. CLEAN: what a descriptor brings of them becomes zeros.
+    """
     if desc is not None:
-        return desc.load([desc_row, C * BLOCK])
+        tile = desc.load([desc_row, C * BLOCK])
+        return tl.where(mask_l[:, None], tile, 0.0) if CLEAN else tile
     offs = C * BLOCK + tl.arange(0, BLOCK)
-    at = ptr + tokens[:, None] * stride_t + offs[None, :]
-    if MASKED:
+    at = (ptr + offs[None, :]) + (tokens * stride_t)[:, None]  # in this order addresses cost least
+    if SKIP:
         if (C + 1) * BLOCK > WIDTH:
             return tl.load(at, mask=mask_l[:, None] & (offs < WIDTH)[None, :], other=0.0)
         else:
@@ -60,24 +65,6 @@ def load_tile(
             return tl.load(at, mask=(offs < WIDTH)[None, :], other=0.0)
         else:
             return tl.load(at)
-
-
-@triton.jit
-def load_values(
-    ptr,
-    desc,
-    desc_row,
-    tokens,
-    stride_t,
-    mask_l,
-    C: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Load a tile of V; zeros outside mask_l in any case, since a weight of zero times NaN is NaN."""
-    tile = load_tile(ptr, desc, desc_row, tokens, stride_t, mask_l, C, WIDTH, BLOCK, MASKED)
-    return tl.where(mask_l[:, None], tile, 0.0) if MASKED and desc is not None else tile
 
 
 @triton.jit
@@ -118,25 +105,24 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
-    """Take one tile of tokens into the online softmax.
+    """Take one tile of tokens into the online softmax, or if MASKED those in mask_l. SKIP: as `load_tile` says.
 
     l_i: each head's sum of weights, or [heads, tokens] still to be summed, which spares the warps a meeting a tile.
     """
     zero = tl.zeros([q0.shape[0], tokens.shape[0]], tl.float32)
-    s = dot(q0, tl.trans(load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, MASKED)), zero)
+    k0 = load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 0, D, BLOCK_D, SKIP, False)
+    s = dot(q0, tl.trans(k0), zero)
     if D > BLOCK_D:
-        s += dot(
-            q1, tl.trans(load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, MASKED)), zero
-        )
+        k1 = load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 1, D, BLOCK_D, SKIP, False)
+        s += dot(q1, tl.trans(k1), zero)
     if D > 2 * BLOCK_D:
-        s += dot(
-            q2, tl.trans(load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, MASKED)), zero
-        )
+        k2 = load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 2, D, BLOCK_D, SKIP, False)
+        s += dot(q2, tl.trans(k2), zero)
     if D > 3 * BLOCK_D:
-        s += dot(
-            q3, tl.trans(load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, MASKED)), zero
-        )
+        k3 = load_tile(k_ptr, k_desc, desc_row, tokens, stride_kt, mask_l, 3, D, BLOCK_D, SKIP, False)
+        s += dot(q3, tl.trans(k3), zero)
     s = s * scale_log2
     if MASKED:
         s = tl.where(mask_l[None, :], s, float("-inf"))
@@ -145,16 +131,17 @@ def attend(
     alpha = tl.exp2(m_i - shift)
     p = tl.exp2(s - shift[:, None])
     l_i = l_i * alpha[:, None] + p if len(l_i.shape) == 2 else l_i * alpha + tl.sum(p, 1)
-    v0 = load_values(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, MASKED)
+    # A weight of zero times NaN is NaN: V must be zero outside mask_l, or a token's of this row.
+    v0 = load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 0, DV, BLOCK_DV, SKIP, MASKED)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
-        v1 = load_values(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 1, DV, BLOCK_DV, MASKED)
+        v1 = load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 1, DV, BLOCK_DV, SKIP, MASKED)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
-        v2 = load_values(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 2, DV, BLOCK_DV, MASKED)
+        v2 = load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 2, DV, BLOCK_DV, SKIP, MASKED)
         acc2 = dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
-        v3 = load_values(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 3, DV, BLOCK_DV, MASKED)
+        v3 = load_tile(v_ptr, v_desc, desc_row, tokens, stride_vt, mask_l, 3, DV, BLOCK_DV, SKIP, MASKED)
         acc3 = dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i

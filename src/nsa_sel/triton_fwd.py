@@ -162,7 +162,7 @@ class Plan:
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         strides = [stride for x in (q, k, v) for stride in _strides(x)]
         unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
-        wide = n_spans * S_kv >= 2**31
+        wide = max(n_spans, *_strides(k)[2:], *_strides(v)[2:]) * S_kv >= 2**31
         self.values = (
             (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans, config.splits,
             *(stride // unit for stride in strides), *_strides(ranges),

@@ -20,10 +20,10 @@ MERGE_REGISTERS = 128  # of each thread, that hold them
 class LaunchConfig:
     """Name every compile-time choice of one launch.
 
-    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers),
-    "tma" (those tiles through TMA descriptors) or "span" (each program takes whole spans). block_l: tokens a tile;
-    block_d, block_dv: columns a chunk of D and Dv. splits: programs a row. max_registers: a thread's limit, 0 = none.
-    cluster: programs of a row that merge as a thread-block cluster, dividing splits; 1: the last to arrive merges all.
+    load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers) or "tma" (those
+    tiles through TMA descriptors). block_l: tokens a tile; block_d, block_dv: columns a chunk of D and Dv. splits:
+    programs a row. max_registers: a thread's limit, 0 = none. cluster: programs of a row that merge as a thread-block
+    cluster, dividing splits; 1: the last to arrive merges all.
     """
 
     load: str
@@ -82,7 +82,7 @@ class LaunchConfig:
             self.load,
             *self._rest(),
             # Where few warps share a tile the sums of each thread would take too many registers.
-            self.load != "span" and self.num_warps >= 4 and padded_heads(H) * self.block_l <= 512 * self.num_warps,
+            self.num_warps >= 4 and padded_heads(H) * self.block_l <= 512 * self.num_warps,
         )
 
 
@@ -336,7 +336,7 @@ def candidate_configs(
     """List every launch that a sweep may try for these widths and that fits into `shared` bytes of shared memory."""
     every = [
         LaunchConfig(load, block_l, chunk_width(D), chunk_width(Dv), warps, stages, splits)
-        for load in ("gather", "whole", "tma", "span")
+        for load in ("gather", "whole", "tma")
         for block_l in (16, 32, 64, 128)
         for warps in (1, 2, 4, 8)
         for stages in (1, 2, 3, 4)

@@ -42,13 +42,10 @@ def reason(launch, case, gpu=H200):
         (replace(UNTUNED, block_l=128, num_warps=1), FEW, H200, "more registers"),
         (replace(UNTUNED, load="tma", block_l=16), MANY, H200, "tiles longer than any span"),  # spans of 8
         (replace(UNTUNED, load="tma", block_l=16), MIXED, H200, None),
-        (replace(UNTUNED, load="span", block_l=16), MANY, H200, None),
-        (replace(UNTUNED, load="span", block_l=32), MANY, H200, "tiles more than twice as long"),
         (replace(UNTUNED, block_l=256), FEW, H200, "tiles more than twice as long"),
         (replace(UNTUNED, splits=2), rows_case("bf16", "few", 8, 128, 128, 64, 64), H200, "more splits than tiles"),
         (replace(UNTUNED, splits=2), rows_case("bf16", "few", 8, 128, 128, 128, 64), H200, None),
         (replace(UNTUNED, splits=2), rows_case("bf16", "few", 8, 128, 128, 128, 1024), H200, "splits beyond"),
-        (replace(UNTUNED, load="span", splits=32), DECODE, H200, "more splits than tiles"),
         (replace(UNTUNED, splits=2), DECODE, H200, "too few splits"),
         (replace(UNTUNED, splits=8), DECODE, H200, None),
     ],

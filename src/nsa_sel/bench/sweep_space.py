@@ -153,12 +153,8 @@ RULES: dict[str, Rule] = {
     "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
         c.load in WHOLE_LOADS and c.block_l > longest_span(case)
     ),
-    "tiles more than twice as long as a row (or, span by span, a span)": lambda c, case, gpu: (
-        c.block_l > max(16, 2 * (longest_span(case) if c.load == "span" else case.L))
-    ),
-    "more splits than tiles or spans": lambda c, case, gpu: (
-        c.splits > 1 and (c.splits * c.block_l > case.L or (c.load == "span" and c.splits > case.n_spans))
-    ),
+    "tiles more than twice as long as a row": lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
+    "more splits than tiles": lambda c, case, gpu: c.splits > 1 and c.splits * c.block_l > case.L,
     "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
         c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
     ),
