@@ -207,7 +207,8 @@ def choose(
             return config("gather", 128, 4, 2) if max_len <= 128 else config("gather", 64, 2, 3)
         return config("gather", 128, 4, 2 if rows_per_sm >= 4 else 3, splits)
     if whole and max_len > 64:
-        stages = 2 if rows_per_sm >= 4 or (rows_per_sm >= 1 and max_len <= 256) else 3
+        many = rows_per_sm > 3 if D + Dv > 192 else rows_per_sm >= 4  # more programs than find a place with 3 stages
+        stages = 2 if many or (rows_per_sm >= 1 and max_len <= 256) else 3
         return config(tiles, 64, 4 if Dv > 64 else 2, stages, splits)
     if rows_per_sm < 1 and max_len >= 128:
         return config("gather", 128, 4, 3, splits)
@@ -282,9 +283,12 @@ def _clustered(
         if not quarter:
             return ("tma", 128, 4, 3, 2, 0, 2) if max_len >= (1024 if width <= 192 else 2048) else None
         if few:
-            every = _every_processor(N, sm_count)
-            long = max_len >= 1024 * every
-            return ("tma", 128, 4, 4, every, 0, 2) if long else ("tma", 128, 4, 3, cluster * groups, 0, cluster)
+            splits, every = cluster * groups, _every_processor(N, sm_count)
+            if sm_count // 16 % N == 0:  # one cluster of 8 for about 16 multiprocessors: more read no faster
+                return "tma", 128, 4, 4 if max_len >= 1024 * splits else 3, splits, 0, cluster
+            if max_len >= 1024 * every:
+                return "tma", 128, 4, 4, every, 0, 2
+            return "tma", 128, 4, 3, splits, 0, cluster
         if width <= 128 and per_sm <= 512:
             return "tma", 128, 4, 2, cluster, 0, cluster
         if per_sm > 128:

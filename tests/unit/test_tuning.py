@@ -111,7 +111,9 @@ def test_few_long_rows_are_split_and_many_are_not():
         (64, 8, 1024, 2, 2),
         (4, 64, 4096, 16, 8),  # more clusters than one a row
         (4, 1024, 65536, 32, 2),  # every multiprocessor streams many tiles: pairs, which fit anywhere
-        (4, 1, 65536, 32, 2),
+        (4, 1, 65536, 16, 8),  # a cluster of 8 for each 16 multiprocessors
+        (8, 1, 16384, 8, 8),
+        (3, 1, 65536, 40, 2),  # 3 rows cannot have as many clusters each
         (1, 1, 16384, 64, 8),
         (16, 1, 1024, 4, 4),
         (4, 1, 256, 1, 1),
@@ -122,6 +124,12 @@ def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluste
     config = choose("sm_90", **call)
     assert (config.splits, config.cluster) == (splits, cluster)
     assert choose("sm_90", **call, has_tma=False).cluster == 1  # K or V that no descriptor fits: not measured
+
+
+def test_all_blocks_of_512_rows_find_a_place_at_once():
+    """Four programs a multiprocessor, of at most a quarter of its 227 KB."""
+    config = choose("sm_90", N=512, H=16, n_spans=16, max_len=1024)
+    assert 4 * tuning.shared_memory(config, 16, 128, 128, 2) <= 227 * 1024, config
 
 
 def test_programs_of_large_clusters_leave_room_for_a_second_on_their_multiprocessor():
