@@ -188,10 +188,11 @@ def choose(
         unequal = _unequal(N, max_len, sm_count, has_clusters)
         if unequal is not None:
             return config(*unequal)
+    some_spans = 1 < n_spans <= 8
     if max_len <= 16:
-        return config("gather", 16, 2 if rows_per_sm < 1 else 1, 2)
+        return config("gather", 16, 1 if rows_per_sm >= 1 or some_spans else 2, 2)
     if max_len <= 32:
-        return config("gather", 32, 2, 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
+        return config("gather", 32, 2, 2 if some_spans else 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
     # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
     # A block of 64 that ends at the context may be shorter, so that the mean of more than 8 may fall to 57.
     whole = mean_span >= (56 if n_spans > 8 else 64) and ((n_spans == 1 and has_tma) or n_spans > 8)
@@ -199,6 +200,8 @@ def choose(
         return config("gather", 16, 1, 3)
     if rows_per_sm >= 4 and max_len <= 256:
         return config("gather", 64, 4, 2) if D + Dv > 192 else config("gather", 16, 1, 3)
+    if some_spans and D + Dv > 128 and (rows_per_sm >= 1 or max_len <= 64):
+        return config("gather", 64, 2, 3)
     splits = _splits(N, max_len, sm_count)
     if D + Dv <= 128:
         if max_len <= 64:
