@@ -32,7 +32,7 @@ LOG2_E = 1.4426950408889634
 # Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
 DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
 CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
-GRAPH_COUNTERS = 1 << 18  # 1 MiB a device: one a row of every captured call whose rows are split
+GRAPH_COUNTERS = 1 << 18  # 1 MiB a device: those of every captured call whose rows are split
 MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
 
 _launches = 0
@@ -158,7 +158,7 @@ class Plan:
         self.out_stride = (S * G * H * Dv, G * H * Dv, H * Dv, Dv, 1)
         # The C launcher makes a cluster of programs along the grid's first dimension, and multiplies that.
         self.grid = (B * S, G, config.splits // config.cluster)
-        self.n_counters = B * S * G * config.cluster
+        self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         strides = [stride for x in (q, k, v) for stride in _strides(x)]
         unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))

@@ -53,6 +53,11 @@ class LaunchConfig:
         own = H * (padded_width(Dv, self.block_dv) + 2)
         return own + H * (self._merge(H, Dv)[0] + 2) if self.cluster > 1 else own
 
+    @property
+    def counters(self) -> int:
+        """Return how many counters a row needs: none where its parts are one cluster, which meets at a barrier."""
+        return 0 if self.splits == self.cluster else self.cluster
+
     def _merge(self, H: int, Dv: int) -> tuple[int, int]:
         """Return how many columns of the result a program merges at a time, and how many parts of them it loads."""
         values = MERGE_REGISTERS * 32 * self.num_warps // padded_heads(H)

@@ -126,6 +126,15 @@ def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluste
     assert choose("sm_90", **call, has_tma=False).cluster == 1  # K or V that no descriptor fits: not measured
 
 
+def test_one_cluster_a_row_needs_no_counters():
+    """Captured calls have few to give away, and past them each graph sets its own to zero."""
+    counters = {
+        (splits, cluster): tuning.LaunchConfig("tma", 64, 128, 128, 4, 3, splits, 0, cluster).counters
+        for splits, cluster in ((8, 8), (16, 8), (8, 1), (2, 2), (4, 2))
+    }
+    assert counters == {(8, 8): 0, (16, 8): 8, (8, 1): 1, (2, 2): 0, (4, 2): 2}
+
+
 def test_all_blocks_of_512_rows_find_a_place_at_once():
     """Four programs a multiprocessor, of at most a quarter of its 227 KB."""
     config = choose("sm_90", N=512, H=16, n_spans=16, max_len=1024)
