@@ -219,7 +219,10 @@ def choose(
         stages = 2 if many or (rows_per_sm >= 1 and max_len <= 256) else 3
         return config(tiles, 64, 4 if Dv > 64 else 2, stages, splits)
     if rows_per_sm < 1 and max_len >= 128:
-        return config("gather", 128, 4, 3, splits)
+        large = config("gather", 128, 4, 3, splits)
+        if large.block_l == 64 and splits > 1:  # the compiler for sm_86 and 89 gives these 96 registers, and spills
+            return replace(large, max_registers=160)
+        return large
     return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
 
 

@@ -56,6 +56,7 @@ SAMPLE = (
     Shape(1024, 8, 128, 128, 8, 512),  # many rows
     Shape(64, 4, 64, 64, 1, 16),  # short ones
     Shape(256, 8, 128, 128, 1, 1024, one_length=True),  # one long span each
+    Shape(64, 4, 128, 64, 8, 1024),  # parts of rows that are gathered
     Shape(4, 16, 128, 128, 16, 1024),  # decode
     Shape(4, 16, 128, 128, 1024, 65_536),  # its longest context
     Shape(16_384, 16, 192, 128, 16, 1024, shared_kv=True),  # prefill, NSA's own widths
