@@ -40,7 +40,8 @@ def selection_attention(
     q [B, S, G, H, D], k [B, G, S_kv, D], v [B, G, S_kv, Dv] in fp16, bf16 or fp32, any strides but a contiguous last
     dimension. ranges int32 or int64 [B, S, G, n_spans, 2]: half-open token spans, clamped to [0, S_kv]; see spans.py.
     Returns [B, S, G, H, Dv], contiguous, in q's dtype; softmax and sums are fp32. A row without tokens gives zeros.
-    The same input gives the same bits on the same device and versions.
+    The same input gives the same bits on the same device and versions. K and V that are not selected have no influence,
+    NaN included; a selected value that is infinite gives an infinity or NaN.
 
     scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`); "triton", "packed_sdpa" and "masked_sdpa" run
     or raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
