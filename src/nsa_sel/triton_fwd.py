@@ -162,7 +162,8 @@ class Plan:
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         strides = [stride for x in (q, k, v) for stride in _strides(x)]
         unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
-        wide = max(n_spans, *_strides(k)[2:], *_strides(v)[2:]) * S_kv >= 2**31
+        # Places in a row, to the end of its last tile, and offsets from its first token: 32 bits where they are enough.
+        wide = max(n_spans, k.stride(2), v.stride(2)) * S_kv > 2**31 - config.block_l
         self.values = (
             (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans, config.splits,
             *(stride // unit for stride in strides), *_strides(ranges),

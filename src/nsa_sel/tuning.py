@@ -223,7 +223,7 @@ def choose(
         if large.block_l == 64 and splits > 1:  # the compiler for sm_86 and 89 gives these 96 registers, and spills
             return replace(large, max_registers=160)
         return large
-    return config("gather", 64, 4, 2 if max_len <= 64 else 3, splits)
+    return config("gather", 64, 4, 2 if max_len <= 64 else 3)
 
 
 def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, int, int, int, int]:

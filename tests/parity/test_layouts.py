@@ -178,6 +178,28 @@ def test_both_sdpa_references_pass_the_same_gate(dtype):
         assert verdict.ok, verdict.message
 
 
+@pytest.mark.parametrize(
+    ("S_kv", "n_spans", "stride", "wide"),
+    [
+        (2**20, 64, 64, False),
+        (2**25, 1, 64, True),  # offsets: tokens times stride
+        (2**25 - 2, 1, 64, False),
+        (2**20, 1, 2**11, True),  # few tokens, far apart
+        (2**24 - 1, 128, 64, False),  # places: tokens times spans
+        (2**25 - 1, 64, 32, True),  # the last tile of such a row ends past 2**31
+    ],
+)
+def test_places_and_offsets_take_64_bits_where_32_are_too_few(S_kv, n_spans, stride, wide):
+    from nsa_sel import kernels, triton_fwd, tuning
+
+    q = torch.empty(1, 1, 1, 4, 32, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty_strided((1, 1, S_kv, 32), (S_kv * stride, 1, stride, 1), dtype=torch.bfloat16, device="meta")
+    ranges = torch.empty(1, 1, 1, n_spans, 2, dtype=torch.int32, device="meta")
+    plan = triton_fwd.Plan(q, kv, kv, ranges, None, None, None, tuning.LaunchConfig("gather", 128, 32, 32, 4, 2))
+    names = kernels._sel_fwd.arg_names
+    assert plan.values[names.index("WIDE") - names.index("scale_log2")] is wide
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 4.3 GB of GPU memory")
 @pytest.mark.parametrize("where", ("token", "group"))
 def test_triton_sel_parity_beyond_two_to_the_31_elements(where):
