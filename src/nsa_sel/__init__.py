@@ -3,7 +3,8 @@
 from . import reference, spans
 from .api import choose_route, selection_attention
 from .config import ConfigError, SelConfig
-from .routing import Route, UnsupportedError
+from .errors import UnsupportedError
+from .routing import Route
 
 __version__ = "0.1.0"
 

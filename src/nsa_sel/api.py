@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference, routing, spans
 from .config import SelConfig, config_for_call, get_config
-from .routing import KernelFailed, Route
+from .errors import KernelFailed, UnsupportedError
+from .routing import Route
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Calls that were checked and routed to Triton, with the toggles that held: see triton_fwd.
+# Calls that were checked and routed to Triton, with the toggles that held: see kernel/launch.py.
 _plans: dict[tuple, Any] = {}
 _failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
@@ -91,16 +92,16 @@ def selection_attention(
         min_len, max_len = reference.length_bounds(ranges, k.shape[2])
     chosen = _route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
-        from . import triton_fwd
+        from .kernel import launch
 
         try:
             if return_lse:
                 lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-                return triton_fwd.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len, lse=lse), lse
-            plan = triton_fwd.Plan(q, k, v, ranges, scale, min_len, max_len)
+                return launch.forward(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len, lse=lse), lse
+            plan = launch.Plan(q, k, v, ranges, scale, min_len, max_len)
             out = plan.run(q, k, v, ranges, None, None)
             if key is not None and (hinted or backend == "triton"):
-                triton_fwd.remember(_plans, key, (config, plan))
+                launch.remember(_plans, key, (config, plan))
             return out
         except KernelFailed as error:
             if backend != "auto":
@@ -109,9 +110,7 @@ def selection_attention(
             chosen = routing.fallback(config)
             warnings.warn(f"nsa_sel: {chosen} runs in place of Triton: {error}", RuntimeWarning, stacklevel=2)
     if return_lse:
-        raise routing.UnsupportedError(
-            f"return_lse: value is True, expected False with {chosen}, which does not compute it"
-        )
+        raise UnsupportedError(f"return_lse: value is True, expected False with {chosen}, which does not compute it")
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends) if config.force_parity else contextlib.nullcontext():
         if chosen == "masked_sdpa":
@@ -174,10 +173,10 @@ def _route(
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
     try:
-        from . import triton_fwd
+        from .kernel import launch
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    return triton_fwd.unsupported_reason(q, k, v, ranges)
+    return launch.unsupported_reason(q, k, v, ranges)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, min_len: int | None, max_len: int | None) -> None:

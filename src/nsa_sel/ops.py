@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .routing import UnsupportedError
+from .errors import UnsupportedError
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor ranges, float? scale, str backend, SymInt? min_len, SymInt? max_len, "

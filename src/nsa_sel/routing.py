@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nsa_sel.config import SelConfig
+from .config import SelConfig
+from .errors import UnsupportedError
 
 BACKENDS = ("auto", "triton", "packed_sdpa", "masked_sdpa")
-
-
-class UnsupportedError(RuntimeError):
-    """Report that a backend that was asked for by name cannot run this call, and why."""
-
-
-class KernelFailed(UnsupportedError):
-    """Report that the kernel of this call could not be compiled, loaded or started on this machine, and why."""
 
 
 @dataclass(frozen=True)

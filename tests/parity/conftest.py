@@ -46,10 +46,10 @@ def why_not() -> str | None:
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 on a machine with a GPU: the parity suite uses real kernels there"
     try:
-        from nsa_sel import triton_fwd
+        from nsa_sel.kernel import launch
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    return triton_fwd.unsupported_reason(*parity_case.tensors(parity_case.Case(parity_case.rows([(0, 4)]), 4)))
+    return launch.unsupported_reason(*parity_case.tensors(parity_case.Case(parity_case.rows([(0, 4)]), 4)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -73,11 +73,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
     import parity_case
 
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
-    before, known = triton_fwd.launch_count(), len(parity_case.RECORDS)
+    before, known = launch.launch_count(), len(parity_case.RECORDS)
     result = yield
-    if triton_fwd.launch_count() == before:
+    if launch.launch_count() == before:
         pytest.fail("this test names the Triton kernel and never launched it", pytrace=False)
     # Reports carry the figures to the summary, also from the workers of pytest-xdist.
     item.user_properties += [(MARK, asdict(record)) for record in parity_case.RECORDS[known:]]

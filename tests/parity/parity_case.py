@@ -63,18 +63,18 @@ class Case:
 
 def has_tma() -> bool:
     """Tell whether the kernel can load through TMA descriptors here (in the interpreter: whether Triton has them)."""
-    return _facts()[2]
+    return _gpu().has_tma
 
 
 def has_clusters() -> bool:
     """Tell whether programs can merge as thread-block clusters here."""
-    return _facts()[3]
+    return _gpu().has_clusters
 
 
-def _facts() -> tuple:
-    from nsa_sel import triton_fwd
+def _gpu() -> Any:
+    from nsa_sel.kernel.device import gpu_of
 
-    return triton_fwd._device_facts(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))
+    return gpu_of(torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE))
 
 
 def here(on_gpu: Any, in_interpreter: Any) -> Any:
@@ -120,13 +120,13 @@ def hints(case: Case, ranges: Tensor) -> dict[str, int]:
 
 def run_kernel(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
     """Run the Triton kernel into an output full of NaN and prove that it, and nothing else, ran."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
-    launches = triton_fwd.launch_count()
-    result = triton_fwd.forward(q, k, v, ranges, out=out, launch=case.launch, **hints(case, ranges))
+    launches = launch.launch_count()
+    result = launch.forward(q, k, v, ranges, out=out, launch=case.launch, **hints(case, ranges))
     assert result.data_ptr() == out.data_ptr(), "forward did not return the buffer that it was given"
-    assert triton_fwd.launch_count() > launches or not any(row_lengths(ranges, case.S_kv)), "the kernel never ran"
+    assert launch.launch_count() > launches or not any(row_lengths(ranges, case.S_kv)), "the kernel never ran"
     return out
 
 
@@ -154,13 +154,13 @@ RECORDS: list[Record] = []
 
 def check(case: Case) -> Tensor:
     """Run a case and put it through the gate; a failure prints the figures and a repro. Returns the kernel's output."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel.launch import launch_for
 
     q, k, v, ranges = tensors(case)
     out = run_kernel(case, q, k, v, ranges)
     verdict = judge(case, out, q, k, v, ranges)
     assert verdict.ok, f"{case.label}\n{verdict.message}\n{smallest_repro(case)}"
-    launch = case.launch or triton_fwd.launch_config(q, k, v, ranges, **hints(case, ranges))
+    launch = case.launch or launch_for(q, k, v, ranges, **hints(case, ranges))
     dtype = str(case.dtype).removeprefix("torch.")
     variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {launch}"
     figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
@@ -194,15 +194,16 @@ def repro(case: Case) -> str:
         k_part = f"[{b}:{b + 1}, {g}:{g + 1}]"
         keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k{k_part}, v{k_part}"
     if case.launch is not None:
-        launch = f", launch=tuning.{case.launch!r}"
+        launch = f", launch={case.launch!r}"
     given = "".join(f", {name}={value}" for name, value in hints(case, tensors(case)[3]).items())
     factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
     lines = [
         f'import os, sys; sys.path[:0] = ["src", "tests/parity"]{interpreter}',
         "import torch" if ON_GPU else "import torch, interpreter_bf16",
-        "from nsa_sel import reference, triton_fwd, tuning",
+        "from nsa_sel import reference",
         "from nsa_sel.bench import gate",
+        "from nsa_sel.kernel import launch; from nsa_sel.kernel.launch_config import LaunchConfig",
         f"torch.manual_seed({case.seed})",
         f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
         f"q = q * {case.q_factor}" if case.q_factor != 1 else "",
@@ -212,7 +213,7 @@ def repro(case: Case) -> str:
         "" if case.view == "plain" else f"q, k, v, ranges = map({VIEWS[case.view]}, (q, k, v, ranges))",
         keep,
         'out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)',
-        f"triton_fwd.forward(q, k, v, ranges, out=out{launch}{given})",
+        f"launch.forward(q, k, v, ranges, out=out{launch}{given})",
         "verdict = gate.check(out, reference.oracle(q, k, v, ranges), reference.packed_sdpa(q, k, v, ranges), "
         f"dtype=q.dtype{factor})",
         "assert verdict.ok, verdict.message",

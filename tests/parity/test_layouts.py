@@ -140,14 +140,14 @@ def test_triton_sel_parity_of_large_logits(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_sel_parity_of_the_public_function(dtype):
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     case = Case(MIXED, MIXED_S_KV, dtype=dtype)
     q, k, v, ranges = tensors(case)
     for scale in (None, 0.3):
-        before = triton_fwd.launch_count()
+        before = launch.launch_count()
         out = selection_attention(q, k, v, ranges, scale=scale, backend="triton")
-        assert triton_fwd.launch_count() > before
+        assert launch.launch_count() > before
         want, packed = (f(q, k, v, ranges, scale=scale) for f in (reference.oracle, reference.packed_sdpa))
         verdict = gate.check(out, want, packed, dtype=dtype)
         assert verdict.ok, verdict.message
@@ -155,16 +155,16 @@ def test_triton_sel_parity_of_the_public_function(dtype):
 
 def test_triton_sel_parity_of_the_route_that_auto_takes():
     """`auto` runs the kernel on a GPU when it is told to, and never in the interpreter."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     case = Case(MIXED, MIXED_S_KV)
     check(case)
     q, k, v, ranges = tensors(case)
     config = SelConfig.load(env={"NSA_USE_TRITON_SEL": "1", "NSA_SEL_TRITON_MIN_L": "1"})
-    before = triton_fwd.launch_count()
+    before = launch.launch_count()
     out = selection_attention(q, k, v, ranges, config=config)
     route = choose_route(q, k, v, ranges, config=config)
-    assert (triton_fwd.launch_count() > before) == (DEVICE == "cuda") == (route.backend == "triton"), route
+    assert (launch.launch_count() > before) == (DEVICE == "cuda") == (route.backend == "triton"), route
     assert gate.check(out, reference.oracle(q, k, v, ranges), None, dtype=case.dtype).ok
 
 
@@ -190,14 +190,14 @@ def test_both_sdpa_references_pass_the_same_gate(dtype):
     ],
 )
 def test_places_and_offsets_take_64_bits_where_32_are_too_few(S_kv, n_spans, stride, wide):
-    from nsa_sel import kernels, triton_fwd, tuning
+    from nsa_sel.kernel import launch
+    from nsa_sel.kernel.launch_config import LaunchConfig
 
     q = torch.empty(1, 1, 1, 4, 32, dtype=torch.bfloat16, device="meta")
     kv = torch.empty_strided((1, 1, S_kv, 32), (S_kv * stride, 1, stride, 1), dtype=torch.bfloat16, device="meta")
     ranges = torch.empty(1, 1, 1, n_spans, 2, dtype=torch.int32, device="meta")
-    plan = triton_fwd.Plan(q, kv, kv, ranges, None, None, None, tuning.LaunchConfig("gather", 128, 32, 32, 4, 2))
-    names = kernels._sel_fwd.arg_names
-    assert plan.values[names.index("WIDE") - names.index("scale_log2")] is wide
+    plan = launch.Plan(q, kv, kv, ranges, None, None, None, LaunchConfig("gather", 128, 32, 32, 4, 2))
+    assert plan.values["WIDE"] is wide
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 4.3 GB of GPU memory")
@@ -233,10 +233,10 @@ def test_triton_sel_parity_beyond_two_to_the_31_elements(where):
 
 
 def run_large(q: torch.Tensor, k: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     out = torch.full_like(q, float("nan"))
-    return triton_fwd.forward(q, k, k, ranges, out=out)
+    return launch.forward(q, k, k, ranges, out=out)
 
 
 @pytest.mark.sanitizer

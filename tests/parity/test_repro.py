@@ -19,7 +19,7 @@ CASE = Case(rows([(0, 20)], [(3, 9), (12, 40)], [(1, 8)]), 40, seed=5)
 
 # Planted in this process and, before the repro, in the other one: the last token of every span longer than 25 is lost.
 FAULT = """
-from nsa_sel import triton_fwd as broken
+from nsa_sel.kernel import launch as broken
 forward = broken.forward
 def drop_a_token(q, k, v, ranges, **options):
     long = ranges[..., 1] - ranges[..., 0] > 25
@@ -42,13 +42,13 @@ def paste(code: str) -> subprocess.CompletedProcess[str]:
     ids=["plain", "odd strides", "large logits"],
 )
 def test_triton_sel_parity_repro_of_a_planted_fault_reproduces_it(case, monkeypatch):
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     if case.q_factor > 1 and DEVICE == "cpu" and torch.__version__.startswith("2.4."):
         pytest.skip("torch 2.4's SDPA on the CPU overflows in fp16")
     check(case)
     case = replace(case, launch=small_covering()[0])
-    monkeypatch.setattr(triton_fwd, "forward", triton_fwd.forward)  # undone at the end
+    monkeypatch.setattr(launch, "forward", launch.forward)  # undone at the end
     exec(FAULT, {"torch": torch})
     with pytest.raises(AssertionError) as caught:
         check(case)

@@ -92,13 +92,13 @@ def test_triton_sel_parity_under_compile_a_gradient_goes_to_packed_sdpa():
 )
 def test_triton_sel_parity_of_every_alignment_of_one_shape(case, clusters):
     """A pointer 2 bytes off must not reach a kernel compiled for 16, nor a TMA descriptor."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     q, k, v, ranges = inputs = tensors(case)
     if has_tma() and not clusters:
-        assert triton_fwd.launch_config(*inputs, max_len=800).load == "tma"  # else this test guards nothing
+        assert launch.launch_for(*inputs, max_len=800).load == "tma"  # else this test guards nothing
     if has_clusters() and clusters:
-        assert triton_fwd.launch_config(*inputs, max_len=640).cluster > 1
+        assert launch.launch_for(*inputs, max_len=640).cluster > 1
     want = call(case, inputs)()
     for offset in (0, 1, 8, 0):
         moved = [
@@ -114,15 +114,13 @@ def test_triton_sel_parity_of_every_alignment_of_one_shape(case, clusters):
 @pytest.mark.parametrize("case", CASES)
 def test_triton_sel_parity_in_a_graph(case, zeros_left, monkeypatch):
     """Replay on another stream, interleaved with eager calls, with new values in the same tensors."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     q, k, v, ranges = inputs = tensors(case)
     run = call(case, inputs)
     run()
     if not zeros_left:  # so many calls were captured that the graph must make its own
-        monkeypatch.setitem(
-            triton_fwd._graph_counters, q.device.index, torch.zeros(0, dtype=torch.int32, device=q.device)
-        )
+        monkeypatch.setitem(launch._graph_counters, q.device.index, torch.zeros(0, dtype=torch.int32, device=q.device))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [run() for _ in range(3)]

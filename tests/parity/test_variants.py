@@ -9,9 +9,8 @@ import pytest
 import torch
 from parity_case import DEVICE, Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
-from nsa_sel import tuning
-
-LOADS = sorted({config.load for config in tuning.candidate_configs(4, 64, 64)})
+from nsa_sel.bench import sweep_space
+from nsa_sel.kernel.launch_config import LOADS, SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, shared_memory
 
 # Spans longer than the largest tile, remainders of every kind, an empty row, one token, doubly covered keys.
 RANGES = rows(
@@ -27,13 +26,20 @@ S_KV = 300
 @cache
 def covering(
     H: int, D: int, Dv: int, tiles: tuple[int, ...], splits: tuple[int, ...], every_warp: bool = False
-) -> list[tuning.LaunchConfig]:
+) -> list[LaunchConfig]:
     """Return few of the candidates: every load meets each of these tiles and splits.
 
     every_warp: and each number of warps and of stages, of which the interpreter knows nothing.
     """
-    every = tuning.candidate_configs(H, D, Dv, has_tma=has_tma())
-    candidates = [c for c in every if c.block_l in tiles and c.splits in splits]
+    candidates = [
+        c
+        for c in sweep_space.grid(D, Dv)
+        if c.block_l in tiles
+        and c.splits in splits
+        and c.cluster == 1
+        and (has_tma() or c.load != "tma")
+        and shared_memory(c, H, D, Dv, 2) <= SMALLEST_SHARED_BYTES
+    ]
     if not every_warp or DEVICE == "cpu":
         some = min(candidates, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
         candidates = [c for c in candidates if (c.num_warps, c.num_stages) == (some.num_warps, some.num_stages)]
@@ -46,12 +52,12 @@ def covering(
     return chosen
 
 
-def small_covering() -> list[tuning.LaunchConfig]:
+def small_covering() -> list[LaunchConfig]:
     """Return what the other tests of variants launch, at H = 4 and D = Dv = 64."""
     return covering(4, 64, 64, (16, 64), (1, 4))
 
 
-def _pairs(config: tuning.LaunchConfig) -> set[tuple[str, str, object]]:
+def _pairs(config: LaunchConfig) -> set[tuple[str, str, object]]:
     return {(config.load, name, value) for name, value in asdict(config).items()}
 
 
@@ -91,8 +97,8 @@ def test_triton_sel_parity_of_clusters(splits, cluster, load):
         (64, 64, 256, torch.float16),
         (6, 32, 192, torch.bfloat16),
     ):
-        block_d, block_dv = tuning.chunk_width(D), tuning.chunk_width(Dv)
-        config = tuning.LaunchConfig(load, 32, block_d, block_dv, 4, 2, splits, cluster=cluster)
+        block_d, block_dv = chunk_width(D), chunk_width(Dv)
+        config = LaunchConfig(load, 32, block_d, block_dv, 4, 2, splits, cluster=cluster)
         check(Case(RANGES, S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config))
         case = Case(RANGES.expand(2, -1, 3, -1, -1), S_KV, H=H, D=D, Dv=Dv, dtype=dtype, launch=config)
         inputs = tensors(case)
@@ -101,6 +107,13 @@ def test_triton_sel_parity_of_clusters(splits, cluster, load):
         apart = replace(case, launch=replace(config, cluster=1))
         tolerance = 2**-7 if dtype == torch.bfloat16 else 2**-10
         torch.testing.assert_close(first, run_kernel(apart, *inputs), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("D", "Dv", "change"), ((80, 64, {"block_d": 16}), (64, 80, {"block_dv": 16})))
+def test_more_column_chunks_than_the_kernel_holds_are_refused(D, Dv, change):
+    config = replace(small_covering()[0], **change)
+    with pytest.raises(ValueError, match="launch: value is .*expected at most 4 column chunks"):
+        run_kernel(case := Case(RANGES, S_KV, D=D, Dv=Dv, launch=config), *tensors(case))
 
 
 def test_parts_that_make_no_whole_clusters_are_refused():

@@ -24,17 +24,17 @@ def host_bytes() -> int:
 
 def compiled() -> int:
     """Return how many kernels this process has compiled or loaded."""
-    from nsa_sel import kernels
+    from nsa_sel.kernel.forward import _sel_fwd
 
-    function = kernels._sel_fwd
-    caches = getattr(function, "device_caches", None)
+    caches = getattr(_sel_fwd, "device_caches", None)
     return (
-        sum(len(each[0]) for each in caches.values()) if caches is not None else sum(map(len, function.cache.values()))
+        sum(len(each[0]) for each in caches.values()) if caches is not None else sum(map(len, _sel_fwd.cache.values()))
     )
 
 
 def test_two_hundred_thousand_calls(say):
-    from nsa_sel import kernels, triton_fwd
+    from nsa_sel.kernel import launch
+    from nsa_sel.kernel.forward import _sel_fwd
 
     torch.manual_seed(0)
     dice = random.Random(0)
@@ -60,11 +60,14 @@ def test_two_hundred_thousand_calls(say):
         )
 
     hot, cold = ([shape() for _ in range(n)] for n in (HOT, COLD))
-    kinds, fixed = set(), 1 + len(kernels.SIZE_ARGS) + len(kernels.STRIDE_ARGS)  # before them: run-time arguments
+    constants = [param.name for param in _sel_fwd.params if param.is_constexpr]
+    kinds = set()
     for each in (*hot, *cold):
         given = tensors(*each)
-        plan = triton_fwd.Plan(*given, None, 0, each[-1] * LONGEST)
-        kinds.add((given[0].dtype, plan.values[fixed:], tuple(plan.options.items()), plan.tma))
+        plan = launch.Plan(*given, None, 0, each[-1] * LONGEST)
+        kinds.add(
+            (given[0].dtype, tuple(plan.values[name] for name in constants), tuple(plan.options.items()), plan.tma)
+        )
     before = compiled()
     times = torch.empty(CALLS - WARM_UP, dtype=torch.float64)
     for i in range(CALLS):
@@ -97,4 +100,4 @@ def test_two_hundred_thousand_calls(say):
     assert new <= len(kinds)
     assert at_last[0] == at_first[0] and at_last[1] == at_first[1]
     assert at_first[2] - at_last[2] <= ROOM and at_last[3] - at_first[3] <= ROOM
-    assert len(nsa_sel.api._plans) <= triton_fwd.MAX_PLANS
+    assert len(nsa_sel.api._plans) <= launch.MAX_PLANS

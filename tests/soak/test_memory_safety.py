@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_sel import tuning
 from nsa_sel.bench import gate
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 B, S, G, H, D, S_KV = 2, 3, 2, 4, 64, 700
 GUARD = 8192  # elements; a multiple of 16 bytes, so that TMA descriptors are possible
@@ -25,19 +25,19 @@ EDGES += [2**63 - 1, -(2**63), *NAN_BITS]
 COMPILE_LIMIT_S = 150  # for all variants; a worker that died is waited for in vain
 
 
-def compile_one(job: tuple[tuning.LaunchConfig, int, torch.dtype]) -> None:
+def compile_one(job: tuple[LaunchConfig, int, torch.dtype]) -> None:
     """Leave a variant in Triton's disk cache: run it once, in a process of its own, on rows that select nothing."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     config, n_spans, dtype = job
     q = torch.zeros(1, 2, 1, H, D, dtype=torch.bfloat16, device="cuda")
     kv = torch.zeros(1, 1, 256, D, dtype=torch.bfloat16, device="cuda")
-    triton_fwd.forward(q, kv, kv, torch.zeros(1, 2, 1, n_spans, 2, dtype=dtype, device="cuda"), launch=config)
+    launch.forward(q, kv, kv, torch.zeros(1, 2, 1, n_spans, 2, dtype=dtype, device="cuda"), launch=config)
     torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
-def configs() -> list[tuning.LaunchConfig]:
+def configs() -> list[LaunchConfig]:
     """Return the variants, compiled on all cores: one after another they take minutes."""
     from parity_case import has_clusters
     from test_variants import covering
@@ -45,7 +45,7 @@ def configs() -> list[tuning.LaunchConfig]:
     found = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
     if has_clusters():
         kinds = (("gather", 8, 8), ("tma", 8, 8), ("tma", 8, 2))
-        found += [tuning.LaunchConfig(load, 64, D, D, 4, 2, n, cluster=cluster) for load, n, cluster in kinds]
+        found += [LaunchConfig(load, 64, D, D, 4, 2, n, cluster=cluster) for load, n, cluster in kinds]
     jobs = [(config, *kind) for config in found for kind in KINDS]
     with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
         pool.map_async(compile_one, jobs, chunksize=1).get(COMPILE_LIMIT_S)
@@ -98,7 +98,7 @@ def expected(logits: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("n_spans", "dtype"), KINDS, ids=str)
 def test_wild_ranges_between_poisoned_guards(n_spans, dtype, configs, say):
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     generator = torch.Generator().manual_seed(n_spans)
     torch.manual_seed(n_spans)
@@ -109,7 +109,7 @@ def test_wild_ranges_between_poisoned_guards(n_spans, dtype, configs, say):
     size = q.numel()
     outs = torch.empty(CHUNK, size + 2 * GUARD, dtype=q.dtype, device="cuda")
     chunks = -(-TENSORS // len(KINDS) // CHUNK)
-    begin, launches = time.perf_counter(), triton_fwd.launch_count()
+    begin, launches = time.perf_counter(), launch.launch_count()
     for _ in range(chunks):
         ranges = wild(n_spans, dtype, generator)
         want = expected(logits, v, ranges)
@@ -119,13 +119,13 @@ def test_wild_ranges_between_poisoned_guards(n_spans, dtype, configs, say):
             outs[:, GUARD:-GUARD] = float("nan")
             views = [out[GUARD:-GUARD].view(q.shape) for out in outs]
             for one, out in zip(ranges, views, strict=True):
-                triton_fwd.forward(q, near_k, near_v, one, out=out, launch=config)
+                launch.forward(q, near_k, near_v, one, out=out, launch=config)
             got = outs[:, GUARD:-GUARD].view(want.shape)
             verdict = gate.check(got, want, dtype=q.dtype)
             assert verdict.ok, f"{config}: {verdict.message}"
             around = torch.cat((outs[:, :GUARD], outs[:, -GUARD:]), 1)
             assert (around == SENTINEL).all(), f"{config}: wrote beside its result"
-    launches = triton_fwd.launch_count() - launches
+    launches = launch.launch_count() - launches
     assert launches == chunks * CHUNK * len(configs)
     for near_k, near_v in guards.values():
         assert torch.equal(near_k, k) and torch.equal(near_v, v)

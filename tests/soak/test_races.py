@@ -29,14 +29,14 @@ def call(seed: int, rows: int, H: int, D: int, n_spans: int, length: int) -> Cal
 
 def splits() -> int:
     """Return how many of SHAPES the launcher splits over programs here."""
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     found = 0
     for rows, H, D, n_spans, length in SHAPES:
         q, kv = torch.empty(1, rows, 1, H, D).bfloat16().cuda(), torch.empty(1, 1, S_KV, D).bfloat16().cuda()
         ranges = torch.zeros(1, rows, 1, n_spans, 2, dtype=torch.int32, device="cuda")
         L = n_spans * length
-        found += triton_fwd.launch_config(q, kv, kv, ranges, min_len=L, max_len=L).splits > 1
+        found += launch.launch_for(q, kv, kv, ranges, min_len=L, max_len=L).splits > 1
     return found
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from nsa_sel.bench import cases
 from nsa_sel.bench.cases import rows_case
 from nsa_sel.bench.methods import NotTimed, WrongResult
-from nsa_sel.bench.sweep_space import Gpu
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel.call import Gpu
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 H200 = Gpu("NVIDIA H200", 132, 232_448, True, True)
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 128, 101_376, False, False)

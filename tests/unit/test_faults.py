@@ -17,7 +17,8 @@ from run_files import bench, save
 import nsa_sel
 from nsa_sel import api, reference, routing
 from nsa_sel.bench import regress, report, runs, sweep, thresholds
-from nsa_sel.routing import KernelFailed, Route
+from nsa_sel.errors import KernelFailed
+from nsa_sel.routing import Route
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,36 +86,30 @@ def test_running_out_of_gpu_memory_names_what_packing_takes(monkeypatch):
 # Triton's real compiler without a GPU, in the place where the launcher meets it.
 COMPILE = """
 import sys
-from nsa_sel import kernels, triton_fwd
+from nsa_sel.kernel import launch
+from nsa_sel.kernel.launch_config import LaunchConfig
 from nsa_sel.bench import aot
-from nsa_sel.routing import KernelFailed
+from nsa_sel.errors import KernelFailed
 import torch, triton
 from triton.backends.compiler import GPUTarget
 
 class Kernel:
+    arg_names = launch._sel_fwd.arg_names
+
     def __getitem__(self, grid):
         def compile(*args, **options):
-            source, options = aot._source(aot.Variant(90, "bf16", 4, 16, 16, 1, triton_fwd.tuning.LaunchConfig(
+            source, options = aot._source(aot.Variant(90, "bf16", 4, 16, 16, 1, LaunchConfig(
                 "gather", 16, 16, 16, 1, 1), in_matrix=False))
             return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         return compile
 
-kernel, triton_fwd.kernels._sel_fwd = kernels._sel_fwd, Kernel()
-aot_source = aot._source
-def source(variant):
-    triton_fwd.kernels._sel_fwd = kernel
-    try:
-        return aot_source(variant)
-    finally:
-        triton_fwd.kernels._sel_fwd = Kernel()
-aot._source = source
-triton_fwd.INTERPRETED = True
+launch._sel_fwd, launch.INTERPRETED = Kernel(), True
 q, kv = torch.zeros(1, 1, 1, 4, 16), torch.zeros(1, 1, 8, 16)
 if "full" in sys.argv:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 try:
-    triton_fwd.forward(q, kv, kv, torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64))
+    launch.forward(q, kv, kv, torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64))
     print("compiled")
 except KernelFailed as error:
     print(error)
@@ -160,8 +155,8 @@ def test_a_damaged_cache_is_compiled_anew_or_named(compiles, tmp_path):
 class Broken:
     """Stand in for the device code of a machine whose compiler is gone; count how often it is asked."""
 
-    def __init__(self) -> None:
-        self.asked = 0
+    def __init__(self, arg_names: list[str]) -> None:
+        self.arg_names, self.asked = arg_names, 0
 
     def __getitem__(self, grid):
         def launch(*args, **options):
@@ -173,12 +168,12 @@ class Broken:
 
 @pytest.fixture
 def broken(monkeypatch):
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
-    kernel = Broken()
-    monkeypatch.setattr(triton_fwd.kernels, "_sel_fwd", kernel)
-    monkeypatch.setattr(triton_fwd, "INTERPRETED", True)
-    monkeypatch.setattr(triton_fwd, "unsupported_reason", lambda *tensors: None)
+    kernel = Broken(launch._sel_fwd.arg_names)
+    monkeypatch.setattr(launch, "_sel_fwd", kernel)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "unsupported_reason", lambda *tensors: None)
     monkeypatch.setattr(api, "_failures", {})
     return kernel
 

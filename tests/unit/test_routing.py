@@ -3,7 +3,8 @@
 import pytest
 
 from nsa_sel.config import SelConfig
-from nsa_sel.routing import Route, UnsupportedError, decide
+from nsa_sel.errors import UnsupportedError
+from nsa_sel.routing import Route, decide
 
 MEASURED = {"default": 64, "Measured": 32, "Slow": None}
 

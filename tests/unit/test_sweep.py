@@ -11,14 +11,14 @@ import pytest
 import torch
 from sweep_fakes import BEST, DECODE, FEW, H200, MACHINE, MANY, MIXED, UNTUNED, FakeBench, FakeCompiler
 
-from nsa_sel import tuned_table
 from nsa_sel.bench import cases, cli, sweep, sweep_run, sweep_space, sweep_table
 from nsa_sel.bench.cases import rows_case
 from nsa_sel.bench.methods import WrongResult
 from nsa_sel.bench.sweep_log import Log, Progress
 from nsa_sel.bench.sweep_run import DeviceLost, Sweep, SweepError
 from nsa_sel.bench.sweep_space import grid
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import tuned_table
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_a_launch_that_breaks_the_device_ends_the_process_and_is_not_tried_again
 @pytest.fixture
 def interpreted():
     """Give the GPU's part of the sweep with a small case open, if the parity suite has switched the interpreter on."""
-    triton_fwd = pytest.importorskip("nsa_sel.triton_fwd")
-    if not triton_fwd.INTERPRETED:
+    device = pytest.importorskip("nsa_sel.kernel.device")
+    if not device.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is not set")
     from nsa_sel.bench import methods, sweep_gpu, timing
 
@@ -176,23 +176,23 @@ def test_a_launch_is_checked_against_the_oracle(interpreted, monkeypatch):
     launch = LaunchConfig("gather", 32, 64, 32, 2, 2, 2)
     interpreted.check(launch)
     assert len(interpreted.samples(launch, rounds=2, warmup=0)) == 2
-    monkeypatch.setattr("nsa_sel.triton_fwd.forward", lambda *tensors, out, **options: out)
+    monkeypatch.setattr("nsa_sel.bench.sweep_gpu.forward", lambda *tensors, out, **options: out)
     with pytest.raises(WrongResult, match="not finite"):
         interpreted.check(launch)
 
 
 def test_rows_outside_the_checked_ones_must_be_written_too(interpreted, monkeypatch):
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     rows, oracle, packed = interpreted.state.expected
     interpreted.state.expected = rows[:4], oracle[:4], packed[:4]
-    forward = triton_fwd.forward
+    forward = launch.forward
 
     def all_but_the_last(*tensors, out, **options):
         forward(*tensors, out=out, **options)
         out[-1] = float("nan")
 
-    monkeypatch.setattr(triton_fwd, "forward", all_but_the_last)
+    monkeypatch.setattr("nsa_sel.bench.sweep_gpu.forward", all_but_the_last)
     with pytest.raises(WrongResult, match="never written"):
         interpreted.check(LaunchConfig("gather", 32, 64, 64, 2, 2))
 

@@ -174,7 +174,7 @@ def test_a_build_that_fails_is_not_tried_in_every_case(monkeypatch):
 
 
 def test_every_kernel_of_a_run_is_compiled_once_ahead_of_it(monkeypatch):
-    monkeypatch.setattr(precompile.triton_fwd, "unsupported_reason", lambda *arguments: None)
+    monkeypatch.setattr(precompile.launch, "unsupported_reason", lambda *arguments: None)
     tiny = [
         cases.rows_case("bf16", layout, 4, 64, 64, L, N)
         for layout in ("few", "many")

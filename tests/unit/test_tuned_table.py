@@ -1,19 +1,20 @@
 """The tuned table: which calls find an entry, where tables are read from, and what makes one unusable."""
 
 import json
-import shutil
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nsa_sel import tuned_table
-from nsa_sel.tuned_table import Entry, Key, Table, TableError
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import tuned_table
+from nsa_sel.kernel.call import Call, Gpu
+from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.tuned_table import Entry, Key, Table, TableError
 
 GPU = "NVIDIA H200"
-CALL = {"N": 1024, "H": 8, "D": 128, "Dv": 128, "n_spans": 8, "max_len": 512, "shared_kv": False}
-CALL |= {"element_bytes": 2, "sm_count": 132}
+H200 = Gpu(GPU, 132, 227 * 1024, has_tma=True, has_clusters=False)
+CALL = Call(N=1024, H=8, D=128, Dv=128, n_spans=8, max_len=512, one_length=True)
 TUNED = LaunchConfig("gather", 64, 128, 64, 2, 3, 4, 168)
 TMA = replace(TUNED, load="tma")
 MEASURED = {"torch": "2.11.0", "triton": "3.6.0", "driver": "580.1", "cuda": "13.0", "date": "2026-01-01"}
@@ -32,7 +33,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def table(launch=TUNED, **call):
-    return Table(GPU, MEASURED, {Key.of(**CALL | call): Entry(launch, {"us": {"a case": 35.4}})})
+    return Table(GPU, MEASURED, {Key.of(replace(CALL, **call), H200): Entry(launch, {"us": {"a case": 35.4}})})
 
 
 def write(folder, tuned):
@@ -41,8 +42,8 @@ def write(folder, tuned):
     return path
 
 
-def lookup(gpu=GPU, has_tma=True, **call):
-    return tuned_table.lookup(gpu, **CALL | {"one_length": True} | call, has_tma=has_tma)
+def lookup(gpu=H200, **call):
+    return tuned_table.lookup(replace(CALL, **call), gpu)
 
 
 def test_rows_of_one_span_and_several_lengths_have_no_entry(folders):
@@ -76,7 +77,6 @@ def test_a_written_table_is_read_as_it_was(folders):
         {"N": 747},  # from 5.66 rows a multiprocessor on, the GPU is full
         {"N": 100_000},
         {"n_spans": 6},
-        {"sm_count": 114},
     ],
 )
 def test_calls_of_the_same_kind_find_the_entry(folders, call):
@@ -89,7 +89,6 @@ def test_calls_of_the_same_kind_find_the_entry(folders, call):
     [
         {"max_len": 362},
         {"max_len": 725},
-        {"max_len": None},
         {"max_len": 0},
         {"N": 0},
         {"N": 746},
@@ -102,13 +101,18 @@ def test_calls_of_the_same_kind_find_the_entry(folders, call):
         {"D": 192},
         {"element_bytes": 4},
         {"shared_kv": True},
-        {"sm_count": 256},
     ],
 )
 def test_calls_of_another_kind_are_left_to_the_model(folders, call):
     write(folders[1], table())
     assert lookup() == TUNED
     assert lookup(**call) is None
+
+
+@pytest.mark.parametrize(("sm_count", "found"), ((114, True), (256, False)))
+def test_rows_are_counted_by_multiprocessor(folders, sm_count, found):
+    write(folders[1], table())
+    assert (lookup(gpu=replace(H200, sm_count=sm_count)) == TUNED) is found
 
 
 def test_one_long_span_is_a_kind_of_its_own_and_long_spans_are_alike(folders):
@@ -120,19 +124,19 @@ def test_one_long_span_is_a_kind_of_its_own_and_long_spans_are_alike(folders):
 def test_a_launch_with_tma_is_only_for_tensors_that_fit_it(folders):
     write(folders[1], table(TMA))
     assert lookup() == TMA
-    assert lookup(has_tma=False) is None
+    assert lookup(fits_tma=False) is None
 
 
 def test_a_launch_with_clusters_is_only_for_gpus_that_have_them(folders):
     launch = replace(TUNED, cluster=2)
     write(folders[1], table(launch))
     assert lookup() is None
-    assert lookup(has_clusters=True) == launch
+    assert lookup(gpu=replace(H200, has_clusters=True)) == launch
 
 
 def test_another_gpu_finds_nothing(folders):
     write(folders[1], table())
-    assert lookup(gpu="NVIDIA H200 NVL") is None
+    assert lookup(gpu=replace(H200, name="NVIDIA H200 NVL")) is None
 
 
 def test_the_working_directory_comes_before_the_package(folders):
@@ -183,6 +187,10 @@ DAMAGED = {
     "a fraction": damage(("length", 6.5)),
     "clusters that the parts do not fill": damage(("cluster", 3)),
     "no cluster": damage(("cluster", 0)),
+    "more column chunks of D than the kernel holds": damage(("block_d", 16)),
+    "more column chunks of Dv than the kernel holds": damage(("block_dv", 16)),
+    "tiles of no power of two": damage(("block_l", 48)),
+    "a load that does not exist": damage(("load", "stream")),
 }
 
 
@@ -228,24 +236,83 @@ def test_file_names(gpu, name):
     assert tuned_table.file_name(gpu) == name
 
 
-def test_the_hash_knows_all_device_code():
-    package = Path(tuned_table.__file__).parent
-    with_kernels = {path.name for path in package.glob("*.py") if "@triton.jit" in path.read_text(encoding="utf-8")}
-    assert with_kernels == set(tuned_table.DEVICE_CODE)
+HASHED = """
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(0.69)
+{more}
+@triton.jit
+def _step(x):
+    return x * LN_2
+
+@triton.jit
+def _sel_fwd(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr, _step(tl.load(x_ptr)))
+"""
+MOVED = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def _sel_fwd(x_ptr, BLOCK: tl.constexpr):
+    \"\"\"Say what it does.\"\"\"
+    tl.store(x_ptr, _step(tl.load(x_ptr)))  # and why
+
+@triton.jit
+def _step(x):
+    # A sentence.
+    return x * LN_2
+
+LN_2 = tl.constexpr(0.69)
+"""
+BESIDE = "@triton.jit\ndef _other_fwd(x):\n    return _step(x)\n\nUNREAD = 1"
 
 
 @pytest.mark.parametrize(
-    ("addition", "same"), [("\n\n   # a remark\n", True), ("\nx = 1  # a remark\n", False), ("\n    x = 1\n", False)]
+    ("source", "same"),
+    [
+        (MOVED, True),
+        (HASHED.format(more=BESIDE), True),
+        (HASHED.format(more="").replace("0.69", "0.7"), False),
+        (HASHED.format(more="").replace("x * LN_2", "x + LN_2"), False),
+        (HASHED.format(more="").replace("BLOCK: tl.constexpr", "BLOCK"), False),
+    ],
+    ids=["moved and explained", "another kernel beside it", "a constant", "an inner function", "the signature"],
 )
-@pytest.mark.parametrize("name", tuned_table.DEVICE_CODE)
-def test_the_hash_changes_with_the_code_and_not_with_remarks(tmp_path, monkeypatch, name, addition, same):
-    before = tuned_table.kernel_hash()
-    for each in tuned_table.DEVICE_CODE:
-        shutil.copy(Path(tuned_table.__file__).with_name(each), tmp_path)
-    with (tmp_path / name).open("a") as file:
-        file.write(addition)
-    monkeypatch.setattr(tuned_table, "__file__", str(tmp_path / "tuned_table.py"))
-    assert (tuned_table.kernel_hash.__wrapped__() == before) is same
+def test_the_hash_changes_with_what_the_kernel_reaches_and_with_nothing_else(tmp_path, source, same):
+    def code(text):
+        (tmp_path / "device.py").write_text(text)
+        return tuned_table._device_code("_sel_fwd", tmp_path)
+
+    assert (code(source) == code(HASHED.format(more=""))) is same
+
+
+def test_the_hash_reaches_every_part_of_the_kernel():
+    found = "\n".join(tuned_table._device_code(tuned_table.KERNEL, Path(tuned_table.__file__).parent))
+    for name in (
+        "def _sel_fwd(",
+        "def attend(",
+        "def load_tile(",
+        "def load_spans(",
+        "def dot(",
+        "LN_2 =",
+        "INTERPRETED =",
+    ):
+        assert found.count(name) == 1, name
+
+
+def test_names_of_device_code_stand_once():
+    """By name alone the hash finds what a kernel calls."""
+    folder = Path(tuned_table.__file__).parent
+    sources = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    names = [
+        name
+        for text in sources
+        if "@triton.jit" in text
+        for name in re.findall(r"^(?:def )?(\w+)(?:\(| =)", text, re.M)
+    ]
+    assert len(names) == len(set(names)) > 10
 
 
 @pytest.mark.parametrize("path", sorted(tuned_table.PACKAGED.glob("*.json")), ids=lambda path: path.name)

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from nsa_sel import tuning
+from nsa_sel.kernel import rules
+from nsa_sel.kernel.call import Call, Gpu
+from nsa_sel.kernel.launch_config import (
+    MAX_CHUNKS,
+    MAX_SPANS,
+    SPAN_BUCKETS,
+    LaunchConfig,
+    chunk_width,
+    shared_memory,
+)
 
-GPUS = {  # multiprocessors, shared memory a program may use, TMA, clusters
-    "sm_80": (108, 163 * 1024, False, False),
-    "sm_89": (128, 99 * 1024, False, False),
-    "sm_90": (132, 227 * 1024, True, True),
-    "sm_90 without clusters": (132, 227 * 1024, True, False),
-    "sm_120": (188, 99 * 1024, True, False),
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("sm_80", 108, 163 * 1024, has_tma=False, has_clusters=False),
+        Gpu("sm_89", 128, 99 * 1024, has_tma=False, has_clusters=False),
+        Gpu("sm_90", 132, 227 * 1024, has_tma=True, has_clusters=True),
+        Gpu("sm_90 without clusters", 132, 227 * 1024, has_tma=True, has_clusters=False),
+        Gpu("sm_120", 188, 99 * 1024, has_tma=True, has_clusters=False),
+    )
 }
+CALL = Call(N=1024, H=8, D=128, Dv=128, n_spans=8, max_len=1024)
 
 
-def choose(gpu: str, **change) -> tuning.LaunchConfig:
-    sm_count, shared_bytes, has_tma, has_clusters = GPUS[gpu]
-    facts = {"sm_count": sm_count, "shared_bytes": shared_bytes, "has_tma": has_tma, "has_clusters": has_clusters}
-    call = {
-        "N": 1024,
-        "H": 8,
-        "D": 128,
-        "Dv": 128,
-        "n_spans": 8,
-        "max_len": 1024,
-        "shared_kv": False,
-        "element_bytes": 2,
-    }
-    return tuning.choose(**{**call, **facts, **change})
+def choose(gpu: str, **change) -> LaunchConfig:
+    return rules.choose(replace(CALL, **change), GPUS[gpu])
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_choice_can_run(gpu):
-    sm_count, shared_bytes, has_tma, has_clusters = GPUS[gpu]
+    facts = GPUS[gpu]
     calls = itertools.product(
         (0, 1, 4, 16, 32, 64, 256, 16384), (1, 4, 17, 64), (16, 80, 128, 192, 256), (16, 128, 256), (1, 8, 16, 1024),
         (0, 1, 16, 64, 512, 1000, 1024, 65536), (False, True), (2, 4), (False, True),
@@ -55,14 +57,14 @@ def test_every_choice_can_run(gpu):
             one_length=one_length,
         )
         seen.add(config)
-        assert config.load != "tma" or has_tma
-        assert tuning.shared_memory(config, H, D, Dv, element_bytes) <= shared_bytes, config
-        assert config.block_d * tuning.MAX_CHUNKS >= D
-        assert config.block_dv * tuning.MAX_CHUNKS >= Dv
-        assert config.cluster == 1 or has_clusters
+        assert config.load != "tma" or facts.has_tma
+        assert shared_memory(config, H, D, Dv, element_bytes) <= facts.shared_bytes, config
+        assert config.block_d * MAX_CHUNKS >= D
+        assert config.block_dv * MAX_CHUNKS >= Dv
+        assert config.cluster == 1 or facts.has_clusters
         assert config.cluster in (1, 2, 4, 8) and config.splits % config.cluster == 0 and config.splits <= 64
         most = 8 if n_spans == 1 and not one_length else 2  # programs a multiprocessor; of unequal rows most end early
-        assert config.splits == 1 or (N * config.splits <= most * sm_count and max_len >= 64 * config.splits)
+        assert config.splits == 1 or (N * config.splits <= most * facts.sm_count and max_len >= 64 * config.splits)
     assert len(seen) > 10
 
 
@@ -77,18 +79,18 @@ def test_every_choice_can_run(gpu):
     ],
 )
 def test_the_estimate_for_fp32_is_not_below_what_was_compiled_for_sm_89(H, D, Dv, launch, compiled):
-    estimate = tuning.shared_memory(tuning.LaunchConfig(*launch), H, D, Dv, 4)
+    estimate = shared_memory(LaunchConfig(*launch), H, D, Dv, 4)
     assert compiled <= estimate <= 1.1 * compiled
 
 
 @pytest.mark.parametrize("width", range(16, 257, 16))
 def test_chunks_cover_a_width_with_little_padding(width):
-    chunk = tuning.chunk_width(width)
+    chunk = chunk_width(width)
     chunks = -(-width // chunk)
-    assert chunks <= tuning.MAX_CHUNKS
+    assert chunks <= MAX_CHUNKS
     assert chunk & (chunk - 1) == 0
     assert chunks * chunk - width < max(chunk, 64)
-    assert tuning.chunk_width(192) == 64
+    assert chunk_width(192) == 64
 
 
 def test_few_long_rows_are_split_and_many_are_not():
@@ -123,13 +125,13 @@ def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluste
     call = {"N": N, "H": 16, "n_spans": n_spans, "max_len": max_len, "one_length": True}
     config = choose("sm_90", **call)
     assert (config.splits, config.cluster) == (splits, cluster)
-    assert choose("sm_90", **call, has_tma=False).cluster == 1  # K or V that no descriptor fits: not measured
+    assert choose("sm_90", **call, fits_tma=False).cluster == 1  # K or V that no descriptor fits: not measured
 
 
 def test_one_cluster_a_row_needs_no_counters():
     """Captured calls have few to give away, and past them each graph sets its own to zero."""
     counters = {
-        (splits, cluster): tuning.LaunchConfig("tma", 64, 128, 128, 4, 3, splits, 0, cluster).counters
+        (splits, cluster): LaunchConfig("tma", 64, 128, 128, 4, 3, splits, 0, cluster).counters
         for splits, cluster in ((8, 8), (16, 8), (8, 1), (2, 2), (4, 2))
     }
     assert counters == {(8, 8): 0, (16, 8): 8, (8, 1): 1, (2, 2): 0, (4, 2): 2}
@@ -138,7 +140,7 @@ def test_one_cluster_a_row_needs_no_counters():
 def test_all_blocks_of_512_rows_find_a_place_at_once():
     """Four programs a multiprocessor, of at most a quarter of its 227 KB."""
     config = choose("sm_90", N=512, H=16, n_spans=16, max_len=1024)
-    assert 4 * tuning.shared_memory(config, 16, 128, 128, 2) <= 227 * 1024, config
+    assert 4 * shared_memory(config, 16, 128, 128, 2) <= 227 * 1024, config
 
 
 def test_programs_of_large_clusters_leave_room_for_a_second_on_their_multiprocessor():
@@ -146,15 +148,16 @@ def test_programs_of_large_clusters_leave_room_for_a_second_on_their_multiproces
     for N, n_spans, max_len, D in itertools.product((1, 4, 8, 16, 32), (1, 8, 16, 64), (512, 1024, 4096), (64, 128)):
         config = choose("sm_90", N=N, D=D, Dv=D, n_spans=n_spans, max_len=max_len, one_length=True)
         if config.cluster > 2 and 2 * N * config.splits > 132:
-            assert 2 * tuning.shared_memory(config, 8, D, D, 2) <= 227 * 1024, config
+            assert 2 * shared_memory(config, 8, D, D, 2) <= 227 * 1024, config
 
 
 @pytest.mark.parametrize("change", [{"one_length": False}, {"max_len": 1000}, {"n_spans": 4}])
 def test_tiles_longer_than_64_are_for_rows_that_they_fill(change):
     """What is left of a row would be read in small ones."""
-    call = {"N": 64, "n_spans": 1, "max_len": 1024, "one_length": True, "has_clusters": False}
-    assert choose("sm_90", **call).load == "tma" and choose("sm_90", **call).block_l > 64
-    config = choose("sm_90", **{**call, **change})
+    call = {"N": 64, "n_spans": 1, "max_len": 1024, "one_length": True}
+    gpu = "sm_90 without clusters"
+    assert choose(gpu, **call).load == "tma" and choose(gpu, **call).block_l > 64
+    config = choose(gpu, **{**call, **change})
     assert config.load == "gather" or config.block_l == 64
 
 
@@ -179,12 +182,5 @@ def test_short_spans_are_gathered():
 
 def test_the_span_count_is_compiled_in_few_buckets():
     config = choose("sm_90")
-    compiled = {config.constants(8, 128, n_spans)[4] for n_spans in range(tuning.MAX_SPANS + 1)}
-    assert compiled == set(tuning.SPAN_BUCKETS)
-
-
-def test_candidates_fit_and_name_every_load():
-    found = tuning.candidate_configs(8, 128, 128, shared=99 * 1024)
-    assert {c.load for c in found} == {"gather", "whole", "tma"}
-    assert all(tuning.shared_memory(c, 8, 128, 128, 2) <= 99 * 1024 for c in found)
-    assert not any(c.load == "tma" for c in tuning.candidate_configs(8, 128, 128, has_tma=False))
+    compiled = {config.constants(8, 128, n_spans)["BLOCK_N"] for n_spans in range(MAX_SPANS + 1)}
+    assert compiled == set(SPAN_BUCKETS)

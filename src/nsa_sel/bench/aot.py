@@ -1,6 +1,6 @@
 """Compile the kernel without a GPU for every supported architecture, and show registers, spills and shared memory.
 
-    python -m nsa_sel.bench.aot               what `tuning.choose` can return, as far as `every_variant` says
+    python -m nsa_sel.bench.aot               what `rules.choose` can return, as far as `every_variant` says
     python -m nsa_sel.bench.aot --sample      about a hundred kernels, in a minute or two
 
 Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, and where a launch
@@ -41,12 +41,12 @@ class Build:
     @property
     def problem(self) -> str | None:
         """Say why this build fails the check; None if it does not."""
-        limit = ARCHITECTURES[self.variant.arch].shared_bytes
+        limit = ARCHITECTURES[self.variant.arch][0].shared_bytes
         if self.error is not None:
             return self.error
         if self.shared_bytes > limit:
             return f"{self.shared_bytes} bytes of shared memory, the architecture has {limit}"
-        if self.spill_bytes and self.variant.in_matrix and not ARCHITECTURES[self.variant.arch].has_tma:
+        if self.spill_bytes and self.variant.in_matrix and not ARCHITECTURES[self.variant.arch][0].has_tma:
             return f"spills {self.spill_bytes} bytes at a shape of the matrix"
         return None
 
@@ -85,7 +85,9 @@ def _source(variant: Variant) -> tuple:
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    from nsa_sel import kernels, triton_fwd
+    from nsa_sel.kernel.device import descriptor
+    from nsa_sel.kernel.forward import _sel_fwd
+    from nsa_sel.kernel.launch import Plan
 
     H, D, Dv, config, tensors = variant.H, variant.D, variant.Dv, variant.config, variant.tensors
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[variant.dtype]
@@ -101,16 +103,15 @@ def _source(variant: Variant) -> tuple:
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
-    plan = triton_fwd.Plan(q, k, v, ranges, None, None, None, config)
+    plan = Plan(q, k, v, ranges, None, None, None, config)
     descriptors = [None, None]
     if plan.tma:
         blocks = (k, config.block_d), (v, config.block_dv)
-        descriptors = [triton_fwd._descriptor(x, config.block_l, width) for x, width in blocks]
-    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.values)
+        descriptors = [descriptor(x, config.block_l, width) for x, width in blocks]
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.in_order())
 
-    kernel = kernels._sel_fwd
     signature, constants, attributes = {}, {}, {}
-    for param, value in zip(kernel.params, arguments, strict=True):
+    for param, value in zip(_sel_fwd.params, arguments, strict=True):
         if param.is_constexpr or value is None:
             signature[param.name] = "constexpr"
             constants[(param.num,)] = value
@@ -120,7 +121,7 @@ def _source(variant: Variant) -> tuple:
             signature[param.name] = mangle_type(value)
             if isinstance(value, torch.Tensor) and not odd:
                 attributes[(param.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), plan.options
+    return ASTSource(_sel_fwd, signature, constants, attributes), plan.options
 
 
 def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:

@@ -7,29 +7,27 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 
-from nsa_sel import tuning
 from nsa_sel.bench import cases
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import rules
+from nsa_sel.kernel.call import Call, Gpu
+from nsa_sel.kernel.launch_config import MAX_WIDTH, SPAN_BUCKETS, LaunchConfig, chunk_width, shared_memory, span_bucket
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What `tuning.choose` learns from a GPU. sm_counts: of a small and of a large GPU of this architecture."""
-
-    shared_bytes: int
-    sm_counts: tuple[int, int]
-    has_tma: bool
-    has_clusters: bool
+def _architecture(
+    shared_bytes: int, small: tuple[str, int], large: tuple[str, int], tma: bool, clusters: bool
+) -> tuple[Gpu, Gpu]:
+    return Gpu(*small, shared_bytes, tma, clusters), Gpu(*large, shared_bytes, tma, clusters)
 
 
-# Shared memory that one block may use: CUDA programming guide, technical specifications by compute capability.
+# A small and a large GPU of each architecture, with their multiprocessors. Shared memory that one block may use: CUDA
+# programming guide, technical specifications by compute capability.
 ARCHITECTURES = {
-    80: Architecture(163 * 1024, (56, 108), False, False),  # A30, A100
-    86: Architecture(99 * 1024, (20, 84), False, False),  # RTX 3050, RTX 3090 Ti
-    89: Architecture(99 * 1024, (58, 128), False, False),  # L4, RTX 4090
-    90: Architecture(227 * 1024, (114, 132), True, True),  # H100 PCIe, H200
-    100: Architecture(227 * 1024, (132, 148), True, True),  # B100, B200
-    120: Architecture(99 * 1024, (30, 188), True, False),  # RTX 5060, RTX PRO 6000
+    80: _architecture(163 * 1024, ("A30", 56), ("A100", 108), False, False),
+    86: _architecture(99 * 1024, ("RTX 3050", 20), ("RTX 3090 Ti", 84), False, False),
+    89: _architecture(99 * 1024, ("L4", 58), ("RTX 4090", 128), False, False),
+    90: _architecture(227 * 1024, ("H100 PCIe", 114), ("H200", 132), True, True),
+    100: _architecture(227 * 1024, ("B100", 132), ("B200", 148), True, True),
+    120: _architecture(99 * 1024, ("RTX 5060", 30), ("RTX PRO 6000", 188), True, False),
 }
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What the kernel is compiled for besides shape and launch: an LSE asked for, int64 ranges, tokens that int32 cannot
@@ -37,31 +35,17 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TENSORS = ("plain", "lse", "int64 ranges", "many tokens", "odd strides")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The arguments of `tuning.choose` that come from the tensors."""
-
-    N: int
-    H: int
-    D: int
-    Dv: int
-    n_spans: int
-    max_len: int
-    shared_kv: bool = False
-    one_length: bool = False
-
-
 # One of each kind of call, for the sample; the widths and heads are the corners.
 SAMPLE = (
-    Shape(1024, 8, 128, 128, 8, 512),  # many rows
-    Shape(64, 4, 64, 64, 1, 16),  # short ones
-    Shape(256, 8, 128, 128, 1, 1024, one_length=True),  # one long span each
-    Shape(64, 4, 128, 64, 8, 1024),  # parts of rows that are gathered
-    Shape(4, 16, 128, 128, 16, 1024),  # decode
-    Shape(4, 16, 128, 128, 1024, 65_536),  # its longest context
-    Shape(16_384, 16, 192, 128, 16, 1024, shared_kv=True),  # prefill, NSA's own widths
-    Shape(1024, 64, 256, 256, 8, 1024),
-    Shape(256, 1, 16, 80, 64, 256),
+    Call(1024, 8, 128, 128, 8, 512),  # many rows
+    Call(64, 4, 64, 64, 1, 16),  # short ones
+    Call(256, 8, 128, 128, 1, 1024, one_length=True),  # one long span each
+    Call(64, 4, 128, 64, 8, 1024),  # parts of rows that are gathered
+    Call(4, 16, 128, 128, 16, 1024),  # decode
+    Call(4, 16, 128, 128, 1024, 65_536),  # its longest context
+    Call(16_384, 16, 192, 128, 16, 1024, shared_kv=True),  # prefill, NSA's own widths
+    Call(1024, 64, 256, 256, 8, 1024),
+    Call(256, 1, 16, 80, 64, 256),
 )
 
 
@@ -85,42 +69,34 @@ class Variant:
         return f"sm_{self.arch} {self.dtype} {shape} {self.config}{other}"
 
 
-def chosen(arch: int, dtype: str, shape: Shape, sm_count: int, tensors: str = "plain") -> Variant:
-    """Return the variant that the launcher takes for a shape on a GPU of an architecture."""
-    gpu = ARCHITECTURES[arch]
-    config = tuning.choose(
-        **vars(shape),
-        element_bytes=ELEMENT_BYTES[dtype],
-        sm_count=sm_count,
-        shared_bytes=gpu.shared_bytes,
-        has_tma=gpu.has_tma and tensors != "odd strides",
-        has_clusters=gpu.has_clusters,
-    ).with_fewest_parts()
-    bucket = next(n for n in tuning.SPAN_BUCKETS if shape.n_spans <= n)  # the kernel is compiled for all of its spans
+def chosen(arch: int, dtype: str, shape: Call, gpu: Gpu, tensors: str = "plain") -> Variant:
+    """Return the variant that the launcher takes for a call of this shape, in this dtype, on a GPU."""
+    call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
+    config = rules.choose(call, gpu).with_fewest_parts()
     in_matrix = tensors == "plain" and dtype in cases.DTYPES and shape in _matrix()
-    return Variant(arch, dtype, shape.H, shape.D, shape.Dv, bucket, config, tensors, in_matrix)
+    return Variant(arch, dtype, shape.H, shape.D, shape.Dv, span_bucket(shape.n_spans), config, tensors, in_matrix)
 
 
 @cache
-def _matrix() -> frozenset[Shape]:
+def _matrix() -> frozenset[Call]:
     """Return every shape of the perf matrix: in place, and its rows packed."""
     shapes = set()
     for case in cases.matrix("full"):
         longest = 3 * case.L if case.family == "ragged" else case.L  # of a ragged case L is the mean
         same = case.family != "ragged"
-        shapes.add(Shape(case.N, case.H, case.D, case.Dv, case.n_spans, longest, case.S > 1, same))
-        shapes.add(Shape(case.N, case.H, case.D, case.Dv, 1, longest, one_length=same))
+        shapes.add(Call(case.N, case.H, case.D, case.Dv, case.n_spans, longest, case.S > 1, same))
+        shapes.add(Call(case.N, case.H, case.D, case.Dv, 1, longest, one_length=same))
     return frozenset(shapes)
 
 
 def sample() -> list[Variant]:
     """Return the launches for SAMPLE on every architecture: bf16 plain, fp16 with all of TENSORS in turn, one fp32."""
     variants = []
-    for turn, (arch, gpu) in enumerate(ARCHITECTURES.items()):
+    for turn, (arch, (_, gpu)) in enumerate(ARCHITECTURES.items()):
         for i, shape in enumerate(SAMPLE):
-            variants.append(chosen(arch, "bf16", shape, gpu.sm_counts[1]))
-            variants.append(chosen(arch, "fp16", shape, gpu.sm_counts[1], TENSORS[(i + turn) % len(TENSORS)]))
-        variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu.sm_counts[1]))
+            variants.append(chosen(arch, "bf16", shape, gpu))
+            variants.append(chosen(arch, "fp16", shape, gpu, TENSORS[(i + turn) % len(TENSORS)]))
+        variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu))
     return list(dict.fromkeys(variants))
 
 
@@ -128,34 +104,34 @@ def every_variant() -> list[Variant]:
     """Return every launch of the perf matrix, and of all other shapes enough to see every two choices together.
 
     Their product is some 300,000 kernels; what matters about each is its tile, its heads, its widths and its spans (see
-    `_traits`), and each value of one is compiled with each value of every other that `tuning.choose` combines it with.
+    `_traits`), and each value of one is compiled with each value of every other that `rules.choose` combines it with.
     """
     variants = []
     for arch, dtype in itertools.product(ARCHITECTURES, ELEMENT_BYTES):
         in_order = sorted(_matrix(), key=astuple) if dtype in cases.DTYPES else ()
-        sm_counts = ARCHITECTURES[arch].sm_counts
-        variants += [chosen(arch, dtype, shape, sm_count) for shape in in_order for sm_count in sm_counts]
-        others = dict.fromkeys(chosen(arch, dtype, shape, sm_counts[1]) for shape in _all_shapes())
+        variants += [chosen(arch, dtype, shape, gpu) for shape in in_order for gpu in ARCHITECTURES[arch]]
+        large = ARCHITECTURES[arch][1]
+        others = dict.fromkeys(chosen(arch, dtype, shape, large) for shape in _all_shapes())
         variants += _each_pair(list(others))
         for shape, tensors in itertools.product(SAMPLE, TENSORS[1:]):
-            variants.append(chosen(arch, dtype, shape, sm_counts[1], tensors))
+            variants.append(chosen(arch, dtype, shape, large, tensors))
     return list(dict.fromkeys(variants))
 
 
-def _all_shapes() -> list[Shape]:
-    """Return shapes on both sides of every border that `tuning.choose` may draw."""
-    widths = {_chunks(width): width for width in range(16, tuning.MAX_WIDTH + 1, 16)}.values()  # the widest of a kind
+def _all_shapes() -> list[Call]:
+    """Return shapes on both sides of every border that `rules.choose` may draw."""
+    widths = {_chunks(width): width for width in range(16, MAX_WIDTH + 1, 16)}.values()  # the widest of a kind
     rows = (1, 4, 16, 64, 256, 1024)
     heads = (1, 16, 17, 64)
-    spans = (2, *tuning.SPAN_BUCKETS)
+    spans = (2, *SPAN_BUCKETS)
     lengths = (16, 32, 64, 128, 256, 512, 1024, 65_536)
-    shapes = [Shape(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, (False, True))]
+    shapes = [Call(*each) for each in itertools.product(rows, heads, widths, widths, spans, lengths, (False, True))]
     return shapes + [replace(shape, one_length=True) for shape in shapes if shape.n_spans == 1]
 
 
 def _chunks(width: int) -> tuple[int, int]:
     """Return the width of the chunks that D or Dv is cut into, and how many there are."""
-    block = tuning.chunk_width(width)
+    block = chunk_width(width)
     return block, -(-width // block)
 
 
@@ -172,7 +148,7 @@ def _each_pair(variants: Sequence[Variant]) -> list[Variant]:
                 picked.append(variant)
     for variant in variants:
         tile = _traits(variant)[0]
-        used = tuning.shared_memory(variant.config, variant.H, variant.D, variant.Dv, ELEMENT_BYTES[variant.dtype])
+        used = shared_memory(variant.config, variant.H, variant.D, variant.Dv, ELEMENT_BYTES[variant.dtype])
         if tile not in hungriest or used > hungriest[tile][0]:
             hungriest[tile] = used, variant
     return picked + [variant for _, variant in hungriest.values()]

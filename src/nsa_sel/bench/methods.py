@@ -23,7 +23,7 @@ from nsa_sel.bench import compiled, gate
 from nsa_sel.bench.cases import PEER_METHODS, TRITON_METHODS, Case
 from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
 from nsa_sel.bench.timing import Call, DeviceTimer, WallTimer
-from nsa_sel.routing import KernelFailed
+from nsa_sel.errors import KernelFailed
 
 PARITY_ROWS = 64
 # What SDPA itself puts into a mask for cuDNN, which has trouble with -inf; beside a real token its weight is exactly 0.
@@ -210,22 +210,22 @@ def check(state: CaseState, prepared: Prepared) -> float:
 def _triton(state: CaseState, core: bool) -> Prepared:
     if state.device == "cpu":
         raise NotTimed("no GPU")
-    from nsa_sel import triton_fwd
+    from nsa_sel.kernel import launch
 
     x = _packed_as_inputs(state) if core else state.inputs
-    if (reason := triton_fwd.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
+    if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
         raise NotTimed(reason)
     call = _operation(x, "triton")
-    before = triton_fwd.launch_count()
+    before = launch.launch_count()
     try:
         call()
     except KernelFailed:  # a kernel that does not compile is a failure, not a case to skip
         raise
     except UnsupportedError as error:  # a toggle forbids it
         raise NotTimed(str(error)) from error
-    if triton_fwd.launch_count() == before:
+    if launch.launch_count() == before:
         raise WrongResult(f"{state.case.id}: the kernel did not run")
-    config = triton_fwd.launch_config(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+    config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
     return Prepared(call, functools.partial(_flat, state.case), {"config": str(config)})
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 
 import torch
 
-from nsa_sel import selection_attention, triton_fwd
+from nsa_sel import selection_attention
 from nsa_sel.bench.cases import TRITON_METHODS, Case
 from nsa_sel.bench.inputs import TORCH_DTYPES, Inputs, memory_estimate, ragged_lengths
+from nsa_sel.kernel import launch
 
 LIMIT_S = 150.0  # for all of them; a worker that died is waited for in vain
 CACHED_S = 0.25  # a kernel that is ready sooner was not compiled
@@ -54,10 +55,10 @@ def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Job]:
             continue
         core = method == "triton_core"
         x = blank(case, core, device)
-        if triton_fwd.unsupported_reason(x.q, x.k, x.v, x.ranges) is not None:
+        if launch.unsupported_reason(x.q, x.k, x.v, x.ranges) is not None:
             continue
-        config = triton_fwd.launch_config(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
-        constants = config.constants(case.H, case.Dv, x.ranges.shape[3])
+        config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+        constants = tuple(config.constants(case.H, case.Dv, x.ranges.shape[3]).values())
         kernel = case.dtype, case.H, case.D, case.Dv, x.q.shape[1] > 1, config, constants
         if kernel not in smallest or memory_estimate(case) < memory_estimate(smallest[kernel][0]):
             smallest[kernel] = case, core

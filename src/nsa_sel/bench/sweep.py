@@ -15,14 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nsa_sel import tuned_table
 from nsa_sel.bench import cases, decision, runs, sweep_compile, sweep_table
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.machine import environment
 from nsa_sel.bench.sweep_log import Log, Progress
 from nsa_sel.bench.sweep_run import Bench, Compile, DeviceLost, Sweep, SweepError
-from nsa_sel.bench.sweep_space import Gpu
 from nsa_sel.bench.sweep_table import Result
+from nsa_sel.kernel import tuned_table
+from nsa_sel.kernel.call import Gpu
 
 HOT_ROWS = 1024  # N of the default cases
 

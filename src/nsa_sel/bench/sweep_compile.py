@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nsa_sel.bench.sweep_space import Variant
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 30  # of GPU memory: a context takes about half of it
@@ -156,15 +156,15 @@ def build(variant: Variant) -> None:
     """Compile a variant through the launcher, with the alignment and types of the timing, for empty rows."""
     import torch
 
-    from nsa_sel import triton_fwd
     from nsa_sel.bench.inputs import TORCH_DTYPES
+    from nsa_sel.kernel.launch import forward
 
     dtype = TORCH_DTYPES[variant.dtype]
     q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device="cuda")
     k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device="cuda")
     v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device="cuda")
     ranges = torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device="cuda")
-    triton_fwd.forward(q, k, v, ranges, launch=variant.launch)
+    forward(q, k, v, ranges, launch=variant.launch)
     torch.cuda.synchronize()
 
 

@@ -7,12 +7,13 @@ import gc
 
 import torch
 
-from nsa_sel import triton_fwd, tuned_table
 from nsa_sel.bench import gate, methods, sweep_compile, timing
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.inputs import TORCH_DTYPES
-from nsa_sel.bench.sweep_space import Gpu
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import device, tuned_table
+from nsa_sel.kernel.call import Gpu
+from nsa_sel.kernel.launch import forward, launch_for, unsupported_reason
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 WARM_UP_ROUNDS = 2000  # of an idle GPU's clocks: half a second
 
@@ -21,13 +22,12 @@ def find() -> Gpu | str:
     """Return the GPU that torch uses, or one sentence that says why nothing can be tuned here."""
     if not torch.cuda.is_available():
         return "torch finds no GPU here, and the CPU's interpreter is never timed"
-    if triton_fwd.INTERPRETED:
+    if device.INTERPRETED:
         return "TRITON_INTERPRET is set, and the interpreter is never timed"
-    reason = triton_fwd.unsupported_reason(*_empty(1, 1, 1, 8, 128, 128, 1, 64, torch.bfloat16))
+    reason = unsupported_reason(*_empty(1, 1, 1, 8, 128, 128, 1, 64, torch.bfloat16))
     if reason is not None:
         return reason
-    device = torch.device("cuda", torch.cuda.current_device())
-    return Gpu(torch.cuda.get_device_name(device), *triton_fwd._device_facts(device))
+    return device.gpu_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 class GpuBench:
@@ -45,7 +45,7 @@ class GpuBench:
         dtype = TORCH_DTYPES[case.dtype]
         tensors = _empty(case.B, case.S, case.G, case.H, case.D, case.Dv, case.n_spans, case.S_kv, dtype)
         with tuned_table.ignored():
-            return triton_fwd.launch_config(*tensors, min_len=case.L, max_len=case.L)
+            return launch_for(*tensors, min_len=case.L, max_len=case.L)
 
     def open(self, case: Case) -> None:
         """Make the case's tensors, the oracle's rows and packed SDPA's; free those of the case before.
@@ -69,7 +69,7 @@ class GpuBench:
         assert self.state is not None
         case, x = self.state.case, self.state.inputs
         out = torch.full((*x.q.shape[:4], case.Dv), float("nan"), dtype=x.q.dtype, device=x.q.device)
-        triton_fwd.forward(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len, out=out, launch=launch)
+        forward(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len, out=out, launch=launch)
         rows, oracle, packed = self.state.expected
         found = out.view(case.N, case.H, case.Dv)
         result = gate.check(found[rows], oracle, packed, dtype=x.q.dtype)
@@ -82,9 +82,7 @@ class GpuBench:
         """Return device times in µs, each with cold L2."""
         assert self.state is not None
         x = self.state.inputs
-        call = functools.partial(
-            triton_fwd.forward, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len, launch=launch
-        )
+        call = functools.partial(forward, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len, launch=launch)
         return [seconds * 1e6 for seconds in self.timer.samples(call, rounds, warmup)]
 
     def alive(self) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from nsa_sel import tuned_table
 from nsa_sel.bench.cases import Case
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import tuned_table
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 
 class Log:

@@ -14,10 +14,11 @@ from nsa_sel.bench import sweep_compile, sweep_space, sweep_table
 from nsa_sel.bench.cases import Case
 from nsa_sel.bench.methods import NotTimed
 from nsa_sel.bench.sweep_log import Log, Progress, clock
-from nsa_sel.bench.sweep_space import Gpu, Variant
+from nsa_sel.bench.sweep_space import Variant
 from nsa_sel.bench.sweep_table import Ranked, Result
-from nsa_sel.tuned_table import Key
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel.call import Gpu
+from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.tuned_table import Key
 
 AROUND = 3  # launches of a class around which narrower chunks, more stages and register limits are tried
 SECOND = 16  # launches of a class that are timed again

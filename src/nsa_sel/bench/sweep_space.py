@@ -9,12 +9,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from nsa_sel import tuning
 from nsa_sel.bench.cases import Case
-from nsa_sel.tuned_table import Key
-from nsa_sel.tuning import LaunchConfig, chunk_width, padded_heads, padded_width
+from nsa_sel.kernel.call import Call, Gpu
+from nsa_sel.kernel.launch_config import (
+    LOADS,
+    MAX_CHUNKS,
+    LaunchConfig,
+    chunk_width,
+    padded_heads,
+    padded_width,
+    shared_memory,
+    span_bucket,
+)
+from nsa_sel.kernel.tuned_table import Key
 
-LOADS = tuple(dict.fromkeys(config.load for config in tuning.candidate_configs(8, 128, 128)))
 WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
 BLOCK_L = (16, 32, 64, 128, 256)
 CHUNKS = (32, 64, 128)  # BLOCK_D and BLOCK_DV
@@ -26,17 +34,6 @@ MORE_STAGES = 4  # tried around the best
 MAX_REGISTERS = (96, 144, 168, 216)  # likewise
 REGISTERS = 280  # a thread has 255; the estimate is that rough
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Hold what decides which launches can run. shared_bytes: what a program may use."""
-
-    name: str
-    sm_count: int
-    shared_bytes: int
-    has_tma: bool
-    has_clusters: bool
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,16 @@ class Variant:
 
 def variant(case: Case, launch: LaunchConfig) -> Variant:
     """Return the kernel that a case needs for a launch; the same for launches that it is not compiled apart for."""
-    n_spans = next(n for n in tuning.SPAN_BUCKETS if case.n_spans <= n)
+    n_spans = span_bucket(case.n_spans)
     return Variant(case.dtype, min(case.S, 2), case.H, case.D, case.Dv, n_spans, launch.with_fewest_parts())
 
 
 def key(case: Case, gpu: Gpu) -> Key:
     """Return the key under which the run time looks a case's call up."""
-    return Key.of(
-        N=case.N,
-        H=case.H,
-        D=case.D,
-        Dv=case.Dv,
-        n_spans=case.n_spans,
-        max_len=case.L,
-        shared_kv=case.S > 1,
-        element_bytes=ELEMENT_BYTES[case.dtype],
-        sm_count=gpu.sm_count,
+    call = Call(
+        case.N, case.H, case.D, case.Dv, case.n_spans, case.L, case.S > 1, ELEMENT_BYTES[case.dtype], one_length=True
     )
+    return Key.of(call, gpu)
 
 
 def longest_span(case: Case) -> int:
@@ -126,7 +116,7 @@ def registers(launch: LaunchConfig, case: Case) -> int:
 
 def _too_much_shared(launch: LaunchConfig, case: Case, gpu: Gpu, programs: int = 1) -> bool:
     size = ELEMENT_BYTES[case.dtype]
-    return programs * tuning.shared_memory(launch, case.H, case.D, case.Dv, size) > gpu.shared_bytes
+    return programs * shared_memory(launch, case.H, case.D, case.Dv, size) > gpu.shared_bytes
 
 
 def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
@@ -137,8 +127,8 @@ def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
 Rule = Callable[[LaunchConfig, Case, Gpu], bool]
 # The first that applies is the one that is counted.
 RULES: dict[str, Rule] = {
-    f"more than {tuning.MAX_CHUNKS} chunks of D or Dv": lambda c, case, gpu: (
-        max(-(-case.D // c.block_d), -(-case.Dv // c.block_dv)) > tuning.MAX_CHUNKS
+    f"more than {MAX_CHUNKS} chunks of D or Dv": lambda c, case, gpu: (
+        max(-(-case.D // c.block_d), -(-case.Dv // c.block_dv)) > MAX_CHUNKS
     ),
     "chunks at least twice as wide as D or Dv": lambda c, case, gpu: (
         c.block_d >= 2 * case.D or c.block_dv >= 2 * case.Dv

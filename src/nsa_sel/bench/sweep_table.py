@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsa_sel import tuned_table
 from nsa_sel.bench.cases import Case
-from nsa_sel.tuned_table import Entry, Key, Table, TableError
-from nsa_sel.tuning import LaunchConfig
+from nsa_sel.kernel import tuned_table
+from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.tuned_table import Entry, Key, Table, TableError
 
 SLOWEST = 1.02  # times the untuned launch, which no case of a class may exceed
 WORTH_IT = 0.99  # times the untuned launch's geomean, which a challenger must stay below

@@ -3,11 +3,12 @@
 `nsa-sel tune` writes a table as `<GPU name, spaces as _>.json`. It is read from `configs/tuned/` of the working
 directory, else from `tuned/` of this package. Only calls of a kind that was measured (see `Key`) find an entry: the
 widths agree, and length, rows and mean span are within a factor of 1.4 of the same power of two. Others are left to
-`tuning.choose`.
+`rules.choose`.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -22,12 +23,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .tuning import LaunchConfig, padded_heads
+from .call import Call, Gpu
+from .launch_config import LaunchConfig, padded_heads
 
 SCHEMA = 1
 LOCAL = Path("configs/tuned")  # in the working directory, as configs/base.yaml
-PACKAGED = Path(__file__).with_name("tuned")
-DEVICE_CODE = ("kernels.py", "tiles.py")
+PACKAGED = Path(__file__).parents[1] / "tuned"
+KERNEL = "_sel_fwd"
 RETUNE = "tune again with: nsa-sel tune"
 FULL_GPU = (
     3  # log2 of the rows a multiprocessor from which on a GPU is full: more rows only add rounds of the same work
@@ -62,24 +64,20 @@ class Key:
     span: int
 
     @classmethod
-    def of(
-        cls,
-        *,
-        N: int,
-        H: int,
-        D: int,
-        Dv: int,
-        n_spans: int,
-        max_len: int,
-        shared_kv: bool,
-        element_bytes: int,
-        sm_count: int,
-    ) -> Key:
-        """Return the key of a call with N, n_spans and max_len of at least 1 on a GPU with sm_count multiprocessors."""
-        rows = min(_round_log2(N / sm_count), FULL_GPU)
-        span = -1 if n_spans == 1 else min(max(_round_log2(max_len / n_spans), 0), LONG_SPAN)
-        heads = padded_heads(H)
-        return cls(element_bytes, heads, D, Dv, shared_kv, rows, _round_log2(max_len), span)
+    def of(cls, call: Call, gpu: Gpu) -> Key:
+        """Return the key of a call with N, n_spans and max_len of at least 1."""
+        rows = min(_round_log2(call.N / gpu.sm_count), FULL_GPU)
+        span = -1 if call.n_spans == 1 else min(max(_round_log2(call.max_len / call.n_spans), 0), LONG_SPAN)
+        return cls(
+            call.element_bytes,
+            padded_heads(call.H),
+            call.D,
+            call.Dv,
+            call.shared_kv,
+            rows,
+            _round_log2(call.max_len),
+            span,
+        )
 
     def __str__(self) -> str:
         spans = "one span" if self.span < 0 else f"spans of {2**self.span}{'+' if self.span == LONG_SPAN else ''}"
@@ -115,46 +113,20 @@ class Table:
         return json.dumps({**head, "entries": entries}, indent=1, ensure_ascii=False) + "\n"
 
 
-def lookup(
-    gpu: str,
-    *,
-    N: int,
-    H: int,
-    D: int,
-    Dv: int,
-    n_spans: int,
-    max_len: int | None,
-    shared_kv: bool,
-    element_bytes: int,
-    sm_count: int,
-    has_tma: bool,
-    has_clusters: bool = False,
-    one_length: bool = False,
-) -> LaunchConfig | None:
-    """Return the tuned launch for a call, None where the table has none or the call's length is not known.
+def lookup(call: Call, gpu: Gpu) -> LaunchConfig | None:
+    """Return the tuned launch for a call whose longest row is known; None where the table has none.
 
-    Arguments as of `tuning.choose`. has_tma: the call's tensors fit TMA descriptors. A launch that needs them, or
-    clusters, is not returned where there are none. Rows of one span have an entry only if they have one length, as
-    those had that it was measured on: its tiles may be longer than a shorter row.
+    A launch that needs TMA or clusters is not returned where there are none. Rows of one span have an entry only if
+    they have one length, as those had that it was measured on: its tiles may be longer than a shorter row.
     """
-    if max_len is None or min(N, n_spans, max_len) < 1 or (n_spans == 1 and not one_length) or _ignored.get():
+    one_span_of_many_lengths = call.n_spans == 1 and not call.one_length
+    if min(call.N, call.n_spans, call.max_len) < 1 or one_span_of_many_lengths or _ignored.get():
         return None
-    entries = _entries(gpu)
-    if not entries:
+    entry = (_entries(gpu.name) or {}).get(Key.of(call, gpu))
+    if entry is None:
         return None
-    key = Key.of(
-        N=N,
-        H=H,
-        D=D,
-        Dv=Dv,
-        n_spans=n_spans,
-        max_len=max_len,
-        shared_kv=shared_kv,
-        element_bytes=element_bytes,
-        sm_count=sm_count,
-    )
-    entry = entries.get(key)
-    if entry is None or (entry.launch.load == "tma" and not has_tma) or (entry.launch.cluster > 1 and not has_clusters):
+    has_tma = gpu.has_tma and call.fits_tma
+    if (entry.launch.load == "tma" and not has_tma) or (entry.launch.cluster > 1 and not gpu.has_clusters):
         return None
     return entry.launch
 
@@ -196,7 +168,8 @@ def read(path: Path, gpu: str) -> Table:
         if data.get(name) != expected:
             raise TableError(f"{path}: {name} is {data.get(name)!r}, expected {expected!r}; {RETUNE}")
     try:
-        entries = {_from_json(Key, each["key"]): _entry(each) for each in data["entries"]}
+        keys = [_from_json(Key, each["key"]) for each in data["entries"]]
+        entries = {key: _entry(key, each) for key, each in zip(keys, data["entries"], strict=True)}
         if len(entries) != len(data["entries"]):
             raise ValueError("a key stands twice")
         return Table(gpu, dict(data["measured"]), entries)
@@ -206,12 +179,39 @@ def read(path: Path, gpu: str) -> Table:
 
 @functools.cache
 def kernel_hash() -> str:
-    """Return what a table depends on: the device code without comments and blank lines, and a launch's fields."""
-    text = [each.name for each in fields(LaunchConfig)]
-    for name in DEVICE_CODE:
-        source = Path(__file__).with_name(name).read_text(encoding="utf-8")
-        text += [line.partition("#")[0].rstrip() for line in source.splitlines()]
-    return hashlib.sha256("\n".join(filter(None, text)).encode()).hexdigest()[:16]
+    """Return what a table depends on: the device code that the kernel reaches, and a launch's fields.
+
+    Docstrings, comments, and where a function stands do not count, nor does another kernel beside this one.
+    """
+    text = [each.name for each in fields(LaunchConfig)] + _device_code(KERNEL, Path(__file__).parent)
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def _device_code(kernel: str, folder: Path) -> list[str]:
+    """Return the source of a kernel and of all functions and constants that it reaches, in order of name.
+
+    Names are looked up over the modules of `folder` that hold device code; each stands in one of them only.
+    """
+    known: dict[str, ast.stmt] = {}
+    for path in sorted(folder.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body if "@triton.jit" in source else ():
+            if isinstance(node, ast.FunctionDef):
+                known[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                known[node.targets[0].id] = node
+    found: dict[str, str] = {}
+    wanted = [kernel]
+    while wanted:
+        name = wanted.pop()
+        if name in found or name not in known:
+            continue
+        node = known[name]
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+        found[name] = ast.unparse(node)
+        wanted += [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+    return [found[name] for name in sorted(found)]
 
 
 @functools.cache
@@ -231,12 +231,10 @@ def _round_log2(x: float) -> int:
     return math.floor(math.log2(x) + 0.5)
 
 
-def _entry(data: Mapping[str, Any]) -> Entry:
+def _entry(key: Key, data: Mapping[str, Any]) -> Entry:
     launch = _from_json(LaunchConfig, data["launch"])
-    if min(launch.block_l, launch.block_d, launch.block_dv, launch.num_warps, launch.num_stages, launch.splits) < 1:
-        raise ValueError(f"{launch} is no launch")
-    if launch.cluster < 1 or launch.splits % launch.cluster:
-        raise ValueError(f"{launch}: cluster does not divide splits")
+    if problem := launch.problem(key.D, key.Dv):
+        raise ValueError(f"{launch}, expected {problem}")
     return Entry(launch, dict(data.get("figures", {})))
 
 

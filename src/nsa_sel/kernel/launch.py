@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import inspect
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import kernels, tuned_table, tuning
-from .routing import KernelFailed
-from .tuning import LaunchConfig
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4: no descriptors made on the host, hence no TMA
-    TensorDescriptor = None
+from ..errors import KernelFailed
+from . import device, launch_config, rules, tuned_table
+from .call import Call
+from .device import DIRECT_LAUNCH, INTERPRETED, bind_context, descriptor, gpu_of, tma_fits
+from .forward import TENSOR_ARGS, _sel_fwd
+from .launch_config import LaunchConfig
 
 try:  # what compiled graphs allocate with: a third of the time of torch.empty
     from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 except ImportError:
     _empty_strided_cuda = None
 
-INTERPRETED = kernels.INTERPRETED.value
 LOG2_E = 1.4426950408889634
-# Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
-DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
 CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
-GRAPH_COUNTERS = 1 << 18  # 1 MiB a device: those of every captured call whose rows are split
 MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
 
 _launches = 0
 _plans: dict[tuple, Plan] = {}
-_facts: dict[torch.device, tuple[int, int, bool, bool]] = {}
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-_graph_counters: dict[int, Tensor] = {}  # by device: zeros that captured calls take from, each its own
-_graph_lock = threading.Lock()
 
 
 def launch_count() -> int:
@@ -57,39 +45,42 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
         return "the GPU is not NVIDIA's"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} has compute capability below 8.0"
-    if H > tuning.MAX_HEADS:
-        return f"H={H} is above {tuning.MAX_HEADS}"
+    if H > launch_config.MAX_HEADS:
+        return f"H={H} is above {launch_config.MAX_HEADS}"
     for name, width in (("D", D), ("Dv", Dv)):
-        if width % 16 or not 16 <= width <= tuning.MAX_WIDTH:
-            return f"{name}={width} is not a multiple of 16 from 16 to {tuning.MAX_WIDTH}"
-    if ranges.shape[3] > tuning.MAX_SPANS:
-        return f"n_spans={ranges.shape[3]} is above {tuning.MAX_SPANS}"
+        if width % 16 or not 16 <= width <= launch_config.MAX_WIDTH:
+            return f"{name}={width} is not a multiple of 16 from 16 to {launch_config.MAX_WIDTH}"
+    if ranges.shape[3] > launch_config.MAX_SPANS:
+        return f"n_spans={ranges.shape[3]} is above {launch_config.MAX_SPANS}"
     if k.shape[2] >= 2**31:
         return f"S_kv={k.shape[2]} does not fit in 31 bits"
-    if k.shape[1] > tuning.MAX_GROUPS:
-        return f"G={k.shape[1]} is above {tuning.MAX_GROUPS}"
+    if k.shape[1] > launch_config.MAX_GROUPS:
+        return f"G={k.shape[1]} is above {launch_config.MAX_GROUPS}"
     if q.shape[0] * q.shape[1] >= 2**31:
         return f"B*S={q.shape[0] * q.shape[1]} does not fit in 31 bits"
     return None
 
 
-def launch_config(
+def launch_for(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
 ) -> LaunchConfig:
-    """Return the launch that `forward` uses for these tensors."""
+    """Return the launch that `forward` uses for these tensors: the tuned one if there is one, else by the rules."""
     B, S, G, H, D = q.shape
-    sm_count, shared_bytes, has_tma, has_clusters = _device_facts(q.device)
-    call: dict[str, Any] = {
-        "N": B * S * G, "H": H, "D": D, "Dv": v.shape[3], "n_spans": ranges.shape[3], "shared_kv": S > 1,
-        "element_bytes": q.element_size(), "sm_count": sm_count,
-        "has_tma": has_tma and _tma_fits(k) and _tma_fits(v), "has_clusters": has_clusters,
-        "one_length": max_len is not None and min_len == max_len,
-    }  # fmt: skip
-    if q.device.type == "cuda":
-        tuned = tuned_table.lookup(torch.cuda.get_device_name(q.device), max_len=max_len, **call)
-        if tuned is not None:
-            return tuned
-    return tuning.choose(max_len=k.shape[2] if max_len is None else max_len, shared_bytes=shared_bytes, **call)
+    gpu = gpu_of(q.device)
+    call = Call(
+        N=B * S * G,
+        H=H,
+        D=D,
+        Dv=v.shape[3],
+        n_spans=ranges.shape[3],
+        max_len=k.shape[2] if max_len is None else max_len,
+        shared_kv=S > 1,
+        element_bytes=q.element_size(),
+        one_length=max_len is not None and min_len == max_len,
+        fits_tma=tma_fits(k) and tma_fits(v),
+    )
+    tuned = None if max_len is None or q.device.type != "cuda" else tuned_table.lookup(call, gpu)
+    return tuned or rules.choose(call, gpu)
 
 
 def call_key(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple:
@@ -151,7 +142,9 @@ class Plan:
     ) -> None:
         B, S, G, H, D = q.shape
         S_kv, Dv, n_spans = k.shape[2], v.shape[3], ranges.shape[3]
-        self.config = config = launch or launch_config(q, k, v, ranges, min_len=min_len, max_len=max_len)
+        self.config = config = launch or launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len)
+        if problem := self._problem(q, k, v):
+            raise ValueError(f"launch: value is {config}, expected {problem}")
         self.arguments = (scale, min_len, max_len, launch)
         self.dtype, self.device = q.dtype, q.device
         self.out_shape = (B, S, G, H, Dv)
@@ -160,28 +153,43 @@ class Plan:
         self.grid = (B * S, G, config.splits // config.cluster)
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
-        strides = [stride for x in (q, k, v) for stride in _strides(x)]
-        unit = next(u for u in (16, 8, 1) if all(stride % u == 0 for stride in strides))
-        # Places in a row, to the end of its last tile, and offsets from its first token: 32 bits where they are enough.
+        strides = {
+            f"stride_{tensor}{axis}": 0 if x.shape[i] == 1 else x.stride(i)
+            for tensor, axes, x in (("q", "bsgh", q), ("k", "bgt", k), ("v", "bgt", v), ("r", "bsgn", ranges))
+            for i, axis in enumerate(axes)
+        }
+        of_values = [name for name in strides if name[7] != "r"]
+        unit = next(u for u in (16, 8, 1) if all(strides[name] % u == 0 for name in of_values))
+        strides |= {name: strides[name] // unit for name in of_values}
+        # Positions in a row, to the end of its last tile, and offsets from its first token: 32 bits if those suffice.
         wide = max(n_spans, k.stride(2), v.stride(2)) * S_kv > 2**31 - config.block_l
-        self.values = (
-            (D**-0.5 if scale is None else scale) * LOG2_E, S, G, S_kv, n_spans, config.splits,
-            *(stride // unit for stride in strides), *_strides(ranges),
-            H, D, Dv, unit, wide, S > 1, *config.constants(H, Dv, n_spans),
-        )  # fmt: skip
+        self.values = {
+            "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
+            **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
+            **strides,
+            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": wide, "QUERIES": S > 1},
+            **config.constants(H, Dv, n_spans),
+        }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
             self.options["maxnreg"] = config.max_registers
         self.tma = config.load == "tma"
-        if self.tma and not (_device_facts(q.device)[2] and _tma_fits(k) and _tma_fits(v)):
-            raise ValueError(f"launch: value is {config}, expected a load that does without TMA descriptors")
-        if config.splits % config.cluster:
-            raise ValueError(f"launch: value is {config}, expected splits that are a multiple of cluster")
-        if config.cluster > 1 and not _device_facts(q.device)[3]:
-            raise ValueError(f"launch: value is {config}, expected a launch without clusters")
         self.direct: Any = None  # how to launch what is compiled, without and with an LSE
         self.direct_lse: Any = None
         self.descriptors: dict[tuple, tuple] = {}
+
+    def _problem(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Say which launch is expected in place of one that cannot run these tensors; None if it can."""
+        gpu = gpu_of(q.device)
+        if self.config.load == "tma" and not (gpu.has_tma and tma_fits(k) and tma_fits(v)):
+            return "a load that does without TMA descriptors"
+        if self.config.cluster > 1 and not gpu.has_clusters:
+            return "a launch without clusters"
+        return self.config.problem(q.shape[4], v.shape[3])
+
+    def in_order(self) -> tuple:
+        """Return the kernel's arguments after the tensors, in the order of its signature."""
+        return tuple(self.values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
         """Launch, and return the result."""
@@ -213,7 +221,7 @@ class Plan:
         parts = counters = None
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(self.device.index)
         if self.config.splits > 1:
-            parts, counters = _workspace(self.device, stream, self.n_counters, self.part_size)
+            parts, counters = device.workspace(self.device, stream, self.n_counters, self.part_size)
         direct = self.direct if lse_at is None else self.direct_lse
         if direct is not None and aligned:
             launch, head, describe, tail = direct
@@ -228,11 +236,11 @@ class Plan:
             return out
         k_desc = v_desc = None
         if self.tma:
-            _bind_context()
-            k_desc = _descriptor(k, self.config.block_l, self.config.block_d)
-            v_desc = _descriptor(v, self.config.block_l, self.config.block_dv)
-        kernel = kernels._sel_fwd
-        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *self.values)
+            bind_context()
+            k_desc = descriptor(k, self.config.block_l, self.config.block_d)
+            v_desc = descriptor(v, self.config.block_l, self.config.block_dv)
+        kernel, values = _sel_fwd, self.in_order()
+        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *values)
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
                 compiled = kernel.warmup(*arguments, grid=self.grid, **self.options)
@@ -240,7 +248,7 @@ class Plan:
                 compiled = kernel[self.grid](*arguments, **self.options)
                 _launches += 1
             if DIRECT_LAUNCH and aligned:
-                direct = _direct_launch(compiled, self.values, self.tma, self.config.cluster)
+                direct = _direct_launch(compiled, values, self.tma, self.config.cluster)
                 if lse_at is None:
                     self.direct = direct
                 else:
@@ -257,10 +265,10 @@ class Plan:
 
     def _describe(self, describe: Callable[[Any, int], list], k: Tensor, v: Tensor) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
-        _bind_context()
+        bind_context()
         made = (
-            *describe(_descriptor(k, self.config.block_l, self.config.block_d), 0),
-            *describe(_descriptor(v, self.config.block_l, self.config.block_dv), 1),
+            *describe(descriptor(k, self.config.block_l, self.config.block_d), 0),
+            *describe(descriptor(v, self.config.block_l, self.config.block_dv), 1),
         )
         return remember(self.descriptors, (k.data_ptr(), v.data_ptr()), made)
 
@@ -301,75 +309,3 @@ def _direct_launch(compiled: Any, values: tuple, tma: bool, cluster: int = 1) ->
         None, None, None,
     )  # fmt: skip
     return launch, head, describe, values
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of all but the last dimension, 0 where the dimension has one element."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-
-
-def _tma_fits(x: Tensor) -> bool:
-    """Tell whether K or V can be seen as one matrix [B·G·S_kv, width] that a TMA descriptor may describe."""
-    B, G, S_kv, width = x.shape
-    stride_b, stride_g, stride_t, _ = x.stride()
-    one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
-    aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= width
-    return one_matrix and aligned and 0 < B * G * S_kv < 2**31
-
-
-def _bind_context() -> None:
-    """Give this thread the CUDA context that making a TMA descriptor takes for granted.
-
-    A new thread has none before its first call of the CUDA runtime, and cached memory is had without one. This call is
-    the cheapest that gives it, and is legal during capture.
-    """
-    if not INTERPRETED:
-        torch.cuda.is_current_stream_capturing()
-
-
-def _descriptor(x: Tensor, block_l: int, width: int) -> Any:
-    B, G, S_kv, D = x.shape
-    return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [block_l, width])
-
-
-def _device_facts(device: torch.device) -> tuple[int, int, bool, bool]:
-    """Return the number of multiprocessors, a program's shared memory in bytes, and if there are TMA and clusters."""
-    if device not in _facts:
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            shared = getattr(properties, "shared_memory_per_block_optin", tuning.SMALLEST_SHARED_BYTES)
-            has_tma = TensorDescriptor is not None and properties.major >= 9
-            has_clusters = DIRECT_LAUNCH and properties.major in (9, 10)
-            _facts[device] = (properties.multi_processor_count, shared, has_tma, has_clusters)
-        else:
-            only_compiled = device.type == "meta"
-            _facts[device] = (1, tuning.SMALLEST_SHARED_BYTES, TensorDescriptor is not None, only_compiled)
-    return _facts[device]
-
-
-def _workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
-    """Return room for partial results, and counters that are zero and that the kernel sets back to zero.
-
-    Calls on one stream run one after another and share them. A captured call gets its own, since its graph may be
-    replayed on any stream: room from the graph's pool, and counters from GRAPH_COUNTERS zeros that an earlier call
-    made. Where none or too few are left the graph itself makes its zeros, at the cost of one more kernel a replay.
-    """
-    if device.type != "cuda":
-        return torch.empty(n_floats, dtype=torch.float32), torch.zeros(n_counters, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        parts = torch.empty(n_floats, dtype=torch.float32, device=device)
-        with _graph_lock:
-            zeros = _graph_counters.get(device.index)
-            if zeros is not None and zeros.numel() >= n_counters:
-                _graph_counters[device.index] = zeros[n_counters:]
-                return parts, zeros[:n_counters]
-        return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
-    known = _workspaces.get((device.index, stream))
-    if known is None or known[0].numel() < n_floats or known[1].numel() < n_counters:
-        parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
-        counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
-        known = _workspaces[device.index, stream] = parts, counters
-        if device.index not in _graph_counters:
-            _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()  # zeros on every stream from here on
-    return known

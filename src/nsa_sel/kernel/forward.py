@@ -3,7 +3,7 @@
 A program reads its row's spans, then walks its tokens in tiles of BLOCK_L with an online softmax in fp32. With LOAD =
 "gather" the tokens are packed position by position and each has its own address; a last tile that is not full reads
 the row's last token again, without weight. Otherwise *whole* tiles lie inside one span: one address and no mask,
-through a TMA descriptor with LOAD = "tma". What they leave of each span is read in masked tiles of REST_L; one that
+through a TMA descriptor with LOAD = "tma". What they leave of each span is read in masked tiles of TAIL_L; one that
 comes through a descriptor reaches beyond its span, and a NaN there is kept out.
 Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention (arXiv 2205.14135).
 """
@@ -12,10 +12,20 @@ Source: NSA (arXiv 2502.11089), section 3.4; online softmax after FlashAttention
 import triton
 import triton.language as tl
 
-from .tiles import INTERPRETED, attend, load_q, load_spans
+from .tiles import attend, load_q, load_spans
 
-__all__ = ["INTERPRETED", "SIZE_ARGS", "STRIDE_ARGS", "_sel_fwd"]
-
+TENSOR_ARGS = [
+    "q_ptr",
+    "k_ptr",
+    "v_ptr",
+    "ranges_ptr",
+    "out_ptr",
+    "lse_ptr",
+    "part_ptr",
+    "count_ptr",
+    "k_desc",
+    "v_desc",
+]
 SIZE_ARGS = ["S", "G", "S_kv", "n_spans", "splits"]
 STRIDE_ARGS = [
     f"stride_{tensor}{axis}"
@@ -173,8 +183,8 @@ def _sel_fwd(
     SPLIT: tl.constexpr,
     CLUSTER: tl.constexpr,
     LOAD: tl.constexpr,
-    REST_L: tl.constexpr,
-    REST_STAGES: tl.constexpr,
+    TAIL_L: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
     LATE_SUM: tl.constexpr,
 ):
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
@@ -287,7 +297,7 @@ def _sel_fwd(
         # Likewise for whole tiles, a gap reaching from the last of span j to the first of j + 1. Then the rests.
         n_tiles = (end - start) // BLOCK_L
         rest = start + n_tiles * BLOCK_L
-        n_rests = tl.cdiv(end - rest, REST_L)
+        n_rests = tl.cdiv(end - rest, TAIL_L)
         if BLOCK_N > 1:
             gap = next_start - rest
             stop = tl.cumsum(n_tiles, 0)
@@ -333,16 +343,16 @@ def _sel_fwd(
                 False,
                 False,
             )
-        rest_k = k_desc if REST_L == BLOCK_L else None
-        rest_v = v_desc if REST_L == BLOCK_L else None
-        for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=REST_STAGES):
-            token = rest + t * REST_L
+        rest_k = k_desc if TAIL_L == BLOCK_L else None
+        rest_v = v_desc if TAIL_L == BLOCK_L else None
+        for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=TAIL_STAGES):
+            token = rest + t * TAIL_L
             rest_end = end
             if BLOCK_N > 1:
                 here = (first_rest <= t) & (t < rest_stop)
-                token = tl.sum(tl.where(here, rest + (t - first_rest) * REST_L, 0))
+                token = tl.sum(tl.where(here, rest + (t - first_rest) * TAIL_L, 0))
                 rest_end = tl.sum(tl.where(here, end, 0))
-            tokens = token + tl.arange(0, REST_L)
+            tokens = token + tl.arange(0, TAIL_L)
             there = tokens < rest_end
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0,

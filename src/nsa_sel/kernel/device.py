@@ -1,0 +1,105 @@
+"""What the GPU and this Triton can do, TMA descriptors, and workspaces that calls share."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tiles
+from .call import Gpu
+from .launch_config import SMALLEST_SHARED_BYTES
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4: no descriptors made on the host, hence no TMA
+    TensorDescriptor = None
+
+INTERPRETED = tiles.INTERPRETED.value
+# Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
+DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
+GRAPH_COUNTERS = (
+    1 << 18
+)  # zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call takes its own
+
+_gpus: dict[torch.device, Gpu] = {}
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_graph_counters: dict[int, Tensor] = {}  # by device: zeros that captured calls take from, each its own
+_graph_lock = threading.Lock()
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Return what launches are chosen by on this device.
+
+    The interpreter's CPU stands for a GPU of one multiprocessor; the meta device, for compiling alone, has clusters.
+    """
+    if device not in _gpus:
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            _gpus[device] = Gpu(
+                name=torch.cuda.get_device_name(device),
+                sm_count=properties.multi_processor_count,
+                shared_bytes=getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED_BYTES),
+                has_tma=TensorDescriptor is not None and properties.major >= 9,
+                has_clusters=DIRECT_LAUNCH and properties.major in (9, 10),
+            )
+        else:
+            only_compiled = device.type == "meta"
+            _gpus[device] = Gpu(device.type, 1, SMALLEST_SHARED_BYTES, TensorDescriptor is not None, only_compiled)
+    return _gpus[device]
+
+
+def tma_fits(x: Tensor) -> bool:
+    """Tell whether K or V can be seen as one matrix [B·G·S_kv, width] that a TMA descriptor may describe."""
+    B, G, S_kv, width = x.shape
+    stride_b, stride_g, stride_t, _ = x.stride()
+    one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
+    aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= width
+    return one_matrix and aligned and 0 < B * G * S_kv < 2**31
+
+
+def bind_context() -> None:
+    """Give this thread the CUDA context that making a TMA descriptor takes for granted.
+
+    A new thread has none before its first call of the CUDA runtime, and cached memory is had without one. This call is
+    the cheapest that gives it, and is legal during capture.
+    """
+    if not INTERPRETED:
+        torch.cuda.is_current_stream_capturing()
+
+
+def descriptor(x: Tensor, block_l: int, width: int) -> Any:
+    """Make the TMA descriptor of K or V for tiles of block_l tokens and `width` columns."""
+    B, G, S_kv, D = x.shape
+    return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [block_l, width])
+
+
+def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:
+    """Return room for partial results, and counters that are zero and that the kernel sets back to zero.
+
+    Calls on one stream run one after another and share them. A captured call gets its own, since its graph may be
+    replayed on any stream: room from the graph's pool, and counters from GRAPH_COUNTERS zeros that an earlier call
+    made. Where none or too few are left the graph itself makes its zeros, at the cost of one more kernel a replay.
+    """
+    if device.type != "cuda":
+        return torch.empty(n_floats, dtype=torch.float32), torch.zeros(n_counters, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        parts = torch.empty(n_floats, dtype=torch.float32, device=device)
+        with _graph_lock:
+            zeros = _graph_counters.get(device.index)
+            if zeros is not None and zeros.numel() >= n_counters:
+                _graph_counters[device.index] = zeros[n_counters:]
+                return parts, zeros[:n_counters]
+        return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
+    known = _workspaces.get((device.index, stream))
+    if known is None or known[0].numel() < n_floats or known[1].numel() < n_counters:
+        parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
+        counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
+        known = _workspaces[device.index, stream] = parts, counters
+        if device.index not in _graph_counters:
+            _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()  # zeros on every stream from here on
+    return known
