@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .errors import UnsupportedError
 
 SCHEMA = (
@@ -16,14 +16,10 @@ SCHEMA = (
 )
 
 
-@torch.library.custom_op("nsa_sel::selection_attention", mutates_args=(), schema=SCHEMA)
+# In the namespace of this package: a copy of it under another name registers an operation of its own.
+@torch.library.custom_op(f"{__package__}::selection_attention", mutates_args=(), schema=SCHEMA)
 def _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse):  # type: ignore[no-untyped-def]
-    from .api import selection_attention
-
-    result = selection_attention(
-        q, k, v, ranges, scale=scale, backend=backend, min_len=min_len, max_len=max_len, validate=validate,
-        return_lse=return_lse,
-    )  # fmt: skip
+    result = dispatch.run(q, k, v, ranges, scale, backend, None, min_len, max_len, validate, return_lse)
     return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
 
@@ -60,7 +56,5 @@ def traced(
         if backend == "masked_sdpa":
             return reference.masked_sdpa(q, k, v, ranges, scale=scale)
         return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
-    out, lse = torch.ops.nsa_sel.selection_attention(
-        q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse
-    )
+    out, lse = _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse)
     return (out, lse) if return_lse else out

@@ -49,6 +49,27 @@ def test_triton_sel_parity_no_other_backend_gives_the_lse():
         nsa_sel.selection_attention(q, k, v, ranges, backend="packed_sdpa", return_lse=True)
 
 
+def test_triton_sel_parity_of_one_plan_with_and_without_the_lse(monkeypatch):
+    monkeypatch.setattr(nsa_sel.dispatch, "_plans", {})
+    inputs = tensors(CASES[1])
+    plain = call(CASES[1], inputs)
+    with_lse = call(CASES[1], inputs, return_lse=True)
+    first, again = plain(), with_lse()
+    assert len(nsa_sel.dispatch._plans) == 1
+    assert torch.equal(first, again[0]) and torch.equal(first, with_lse()[0]) and torch.equal(first, plain())
+    assert torch.equal(again[1], with_lse()[1])
+
+
+def test_triton_sel_parity_a_known_plan_does_not_spare_the_check_of_ranges(monkeypatch):
+    monkeypatch.setattr("nsa_sel.config._cached", nsa_sel.SelConfig(sel_validate=True))
+    q, k, v, ranges = tensors(Case(rows([(0, 5)]), 4))  # a token too many
+    asked = {"backend": "triton", "min_len": 4, "max_len": 4}
+    for _ in range(2):
+        nsa_sel.selection_attention(q, k, v, ranges, validate=False, **asked)
+    with pytest.raises(ValueError, match="ranges: value is"):
+        nsa_sel.selection_attention(q, k, v, ranges, **asked)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_triton_sel_parity_same_input_same_bits(case):
     run = call(case, tensors(case))

@@ -118,8 +118,9 @@ def test_wild_ranges_between_poisoned_guards(n_spans, dtype, configs, say):
             outs.fill_(SENTINEL)
             outs[:, GUARD:-GUARD] = float("nan")
             views = [out[GUARD:-GUARD].view(q.shape) for out in outs]
+            plan = launch.Plan(q, near_k, near_v, ranges[0], None, None, None, config)
             for one, out in zip(ranges, views, strict=True):
-                launch.forward(q, near_k, near_v, one, out=out, launch=config)
+                plan.run(q, near_k, near_v, one, out)
             got = outs[:, GUARD:-GUARD].view(want.shape)
             verdict = gate.check(got, want, dtype=q.dtype)
             assert verdict.ok, f"{config}: {verdict.message}"

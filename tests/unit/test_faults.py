@@ -15,7 +15,7 @@ import torch
 from run_files import bench, save
 
 import nsa_sel
-from nsa_sel import api, reference, routing
+from nsa_sel import dispatch, reference, routing
 from nsa_sel.bench import regress, report, runs, sweep, thresholds
 from nsa_sel.errors import KernelFailed
 from nsa_sel.routing import Route
@@ -174,7 +174,7 @@ def broken(monkeypatch):
     monkeypatch.setattr(launch, "_sel_fwd", kernel)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "unsupported_reason", lambda *tensors: None)
-    monkeypatch.setattr(api, "_failures", {})
+    monkeypatch.setattr(dispatch, "_failures", {})
     return kernel
 
 
@@ -191,14 +191,14 @@ def test_asked_for_by_name_a_broken_compiler_is_an_unsupported_error(broken):
 
 @pytest.mark.parametrize("use_sel_pack", (True, False))
 def test_auto_warns_of_a_broken_compiler_and_runs_its_fallback(broken, monkeypatch, use_sel_pack):
-    monkeypatch.setattr(api, "_route", lambda *args: Route("triton", "a GPU that was measured"))
+    monkeypatch.setattr(dispatch, "route", lambda *args: Route("triton", "a GPU that was measured"))
     config = nsa_sel.SelConfig(use_sel_pack=use_sel_pack)
     given = arguments()
     fallback = "packed_sdpa" if use_sel_pack else "masked_sdpa"
     with pytest.warns(RuntimeWarning, match=f"{fallback} runs in place of Triton: .*Failed to find C compiler"):
         out = nsa_sel.selection_attention(**given, config=config, min_len=22, max_len=22)
     assert torch.equal(out, getattr(reference, fallback)(**given))
-    assert list(api._failures) == [api._kind(given["q"], given["v"])]
+    assert list(dispatch._failures) == [dispatch._kind(given["q"], given["v"])]
 
 
 def test_out_of_memory_in_the_kernels_launch_is_no_failure_of_the_kernel(broken, monkeypatch):

@@ -12,7 +12,7 @@ from nsa_sel.bench.cases import Case
 from nsa_sel.bench.inputs import TORCH_DTYPES
 from nsa_sel.kernel import device, tuned_table
 from nsa_sel.kernel.call import Gpu
-from nsa_sel.kernel.launch import forward, launch_for, unsupported_reason
+from nsa_sel.kernel.launch import Plan, forward, launch_for, unsupported_reason
 from nsa_sel.kernel.launch_config import LaunchConfig
 
 WARM_UP_ROUNDS = 2000  # of an idle GPU's clocks: half a second

@@ -25,10 +25,9 @@ except ImportError:
 
 LOG2_E = 1.4426950408889634
 CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
-MAX_PLANS = 4096  # distinct shapes kept; past it all are forgotten and planned again
+MAX_KEPT = 4096  # plans of a process, and pairs of descriptors of a plan
 
 _launches = 0
-_plans: dict[tuple, Plan] = {}
 
 
 def launch_count() -> int:
@@ -83,14 +82,6 @@ def launch_for(
     return tuned or rules.choose(call, gpu)
 
 
-def call_key(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple:
-    """Return everything about the four tensors that checking, routing and planning depend on, but for alignment."""
-    return (
-        q.shape, k.shape, v.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
-        q.dtype, k.dtype, v.dtype, ranges.dtype, q.device, k.device, v.device, ranges.device,
-    )  # fmt: skip
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -101,33 +92,29 @@ def forward(
     min_len: int | None = None,
     max_len: int | None = None,
     out: Tensor | None = None,
-    lse: Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> Tensor:
-    """Run the kernel on arguments that `api` has checked; no routing.
-
-    out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-    rows' natural-log LSE. launch: forces a variant, as tests and sweeps do. min_len, max_len: as `api` takes them.
-
-    Raises: ValueError if the forced variant cannot run these tensors; KernelFailed if it does not compile or start.
-    """
-    key = (call_key(q, k, v, ranges), scale, min_len, max_len, launch)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = remember(_plans, key, Plan(q, k, v, ranges, scale, min_len, max_len, launch))
-    return plan.run(q, k, v, ranges, out, lse)
+    """Plan and run one call whose arguments `dispatch` has checked; no routing. Arguments as `Plan` and its `run`."""
+    return Plan(q, k, v, ranges, scale, min_len, max_len, launch).run(q, k, v, ranges, out)
 
 
-def remember(plans: dict[tuple, Any], key: tuple, plan: Any) -> Any:
-    """Keep a plan for later calls of the same key, and no more than MAX_PLANS of them."""
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
+def remember(kept: dict[tuple, Any], key: tuple, value: Any) -> Any:
+    """Keep a value for later calls of the same key, and no more than MAX_KEPT of them: past it all are forgotten."""
+    if len(kept) >= MAX_KEPT:
+        kept.clear()
+    kept[key] = value
+    return value
 
 
 class Plan:
-    """Everything about a call that its pointers do not change, keyed by `call_key`, scale, hints and launch."""
+    """Hold everything about a call that its pointers do not change: the launch, the grid and the kernel's arguments.
+
+    It serves every call whose four tensors have the same shapes, strides, dtypes and devices, with the same scale and
+    hints. Pointer alignment is looked at in each call. launch: forces a variant, as tests and sweeps do. scale,
+    min_len, max_len: as `selection_attention` takes them.
+
+    Raises: ValueError if the forced variant cannot run these tensors.
+    """
 
     def __init__(
         self,
@@ -181,25 +168,30 @@ class Plan:
     def _problem(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Say which launch is expected in place of one that cannot run these tensors; None if it can."""
         gpu = gpu_of(q.device)
+        if problem := self.config.problem(q.shape[4], v.shape[3]):
+            return problem
         if self.config.load == "tma" and not (gpu.has_tma and tma_fits(k) and tma_fits(v)):
             return "a load that does without TMA descriptors"
-        if self.config.cluster > 1 and not gpu.has_clusters:
-            return "a launch without clusters"
-        return self.config.problem(q.shape[4], v.shape[3])
+        return "a launch without clusters" if self.config.cluster > 1 and not gpu.has_clusters else None
 
     def in_order(self) -> tuple:
         """Return the kernel's arguments after the tensors, in the order of its signature."""
         return tuple(self.values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
-        """Launch, and return the result."""
-        if INTERPRETED or torch._C._cuda_getDevice() == self.device.index:
-            return self._run(q, k, v, ranges, out, lse)
-        with torch.cuda.device(self.device):
-            return self._run(q, k, v, ranges, out, lse)
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None = None, lse: Tensor | None = None
+    ) -> Tensor:
+        """Launch, and return the result.
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None, lse: Tensor | None) -> Tensor:
+        out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
+        rows' natural-log LSE.
+
+        Raises: KernelFailed if the kernel does not compile or start.
+        """
         global _launches
+        if not INTERPRETED and torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.run(q, k, v, ranges, out, lse)
         if out is None:
             if _empty_strided_cuda is not None and not INTERPRETED:
                 out = _empty_strided_cuda(self.out_shape, self.out_stride, self.dtype)
@@ -234,29 +226,46 @@ class Plan:
             launch(*self.grid, stream, *head, *pointers, lse_at, parts_at, counters_at, *descriptors, *tail)
             _launches += 1
             return out
+        return self._run_publicly(q, k, v, ranges, out, lse, parts, counters, aligned)
+
+    def _run_publicly(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        parts: Tensor | None,
+        counters: Tensor | None,
+        aligned: bool,
+    ) -> Tensor:
+        """Compile if need be, launch through Triton's public interface, and keep the direct way for later calls."""
+        global _launches
         k_desc = v_desc = None
         if self.tma:
             bind_context()
             k_desc = descriptor(k, self.config.block_l, self.config.block_d)
             v_desc = descriptor(v, self.config.block_l, self.config.block_dv)
-        kernel, values = _sel_fwd, self.in_order()
+        values = self.in_order()
         arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *values)
+        direct = None
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
-                compiled = kernel.warmup(*arguments, grid=self.grid, **self.options)
+                compiled = _sel_fwd.warmup(*arguments, grid=self.grid, **self.options)
             else:
-                compiled = kernel[self.grid](*arguments, **self.options)
+                compiled = _sel_fwd[self.grid](*arguments, **self.options)
                 _launches += 1
             if DIRECT_LAUNCH and aligned:
                 direct = _direct_launch(compiled, values, self.tma, self.config.cluster)
-                if lse_at is None:
+                if lse is None:
                     self.direct = direct
                 else:
                     self.direct_lse = direct
             if self.config.cluster > 1:
                 if direct is None:
                     raise RuntimeError("it takes scratch memory, which only the public launch provides")
-                return self._run(q, k, v, ranges, out, lse)
+                return self.run(q, k, v, ranges, out, lse)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
