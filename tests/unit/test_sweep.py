@@ -260,20 +260,7 @@ def tune(tmp_path, monkeypatch):
 
 
 def lookup(case):
-    return tuned_table.lookup(
-        H200.name,
-        N=case.N,
-        H=case.H,
-        D=case.D,
-        Dv=case.Dv,
-        n_spans=case.n_spans,
-        max_len=case.L,
-        shared_kv=case.S > 1,
-        element_bytes=2,
-        sm_count=H200.sm_count,
-        has_tma=True,
-        one_length=True,
-    )
+    return tuned_table.lookup(sweep_space.call_of(case), H200)
 
 
 def test_a_sweep_writes_what_the_run_time_reads(tune, tmp_path, capsys):

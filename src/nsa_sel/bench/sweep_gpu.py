@@ -82,7 +82,8 @@ class GpuBench:
         """Return device times in µs, each with cold L2."""
         assert self.state is not None
         x = self.state.inputs
-        call = functools.partial(forward, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len, launch=launch)
+        plan = Plan(x.q, x.k, x.v, x.ranges, None, x.min_len, x.max_len, launch)
+        call = functools.partial(plan.run, x.q, x.k, x.v, x.ranges)
         return [seconds * 1e6 for seconds in self.timer.samples(call, rounds, warmup)]
 
     def alive(self) -> bool:

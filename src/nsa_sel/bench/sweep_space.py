@@ -58,12 +58,15 @@ def variant(case: Case, launch: LaunchConfig) -> Variant:
     return Variant(case.dtype, min(case.S, 2), case.H, case.D, case.Dv, n_spans, launch.with_fewest_parts())
 
 
+def call_of(case: Case) -> Call:
+    """Return the case's call as launches are chosen by it, with the hints that the suite gives."""
+    size = ELEMENT_BYTES[case.dtype]
+    return Call(case.N, case.H, case.D, case.Dv, case.n_spans, case.L, case.S > 1, size, one_length=True)
+
+
 def key(case: Case, gpu: Gpu) -> Key:
     """Return the key under which the run time looks a case's call up."""
-    call = Call(
-        case.N, case.H, case.D, case.Dv, case.n_spans, case.L, case.S > 1, ELEMENT_BYTES[case.dtype], one_length=True
-    )
-    return Key.of(call, gpu)
+    return Key.of(call_of(case), gpu)
 
 
 def longest_span(case: Case) -> int:
