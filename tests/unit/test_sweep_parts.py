@@ -105,10 +105,9 @@ def test_launches_that_differ_in_splits_alone_are_one_kernel():
 
 @pytest.mark.parametrize("case", [c for c in cases.matrix("smoke") if c.layout != "few"][:6] + [DECODE], ids=str)
 def test_a_case_is_tuned_under_the_key_that_its_call_is_looked_up_by(case):
+    launch = pytest.importorskip("nsa_sel.kernel.launch")
     x = make_inputs(case, "cpu")
-    B, S, G, H, D = x.q.shape
-    sizes = {"N": B * S * G, "H": H, "D": D, "Dv": x.v.shape[3], "n_spans": x.ranges.shape[3], "max_len": x.max_len}
-    called = Key.of(**sizes, shared_kv=S > 1, element_bytes=x.q.element_size(), sm_count=H200.sm_count)
+    called = Key.of(launch.call_of(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len), H200)
     assert sweep_space.key(case, H200) == called
 
 

@@ -60,13 +60,12 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
     return None
 
 
-def launch_for(
+def call_of(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
-) -> LaunchConfig:
-    """Return the launch that `forward` uses for these tensors: the tuned one if there is one, else by the rules."""
+) -> Call:
+    """Return what the launch of these tensors is chosen by."""
     B, S, G, H, D = q.shape
-    gpu = gpu_of(q.device)
-    call = Call(
+    return Call(
         N=B * S * G,
         H=H,
         D=D,
@@ -78,6 +77,13 @@ def launch_for(
         one_length=max_len is not None and min_len == max_len,
         fits_tma=tma_fits(k) and tma_fits(v),
     )
+
+
+def launch_for(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
+) -> LaunchConfig:
+    """Return the launch that `forward` uses for these tensors: the tuned one if there is one, else by the rules."""
+    call, gpu = call_of(q, k, v, ranges, min_len=min_len, max_len=max_len), gpu_of(q.device)
     tuned = None if max_len is None or q.device.type != "cuda" else tuned_table.lookup(call, gpu)
     return tuned or rules.choose(call, gpu)
 
