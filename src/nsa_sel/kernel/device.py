@@ -6,11 +6,11 @@ import threading
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tiles
 from .call import Gpu
+from .direct import DIRECT_LAUNCH
 from .launch_config import SMALLEST_SHARED_BYTES
 
 try:
@@ -19,8 +19,6 @@ except ImportError:  # Triton before 3.4: no descriptors made on the host, hence
     TensorDescriptor = None
 
 INTERPRETED = tiles.INTERPRETED.value
-# Launching a compiled kernel object is private API: only in the versions where the parity suite has run it on a GPU.
-DIRECT_LAUNCH = triton.__version__.startswith("3.6.") and not INTERPRETED
 GRAPH_COUNTERS = (
     1 << 18
 )  # zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call takes its own

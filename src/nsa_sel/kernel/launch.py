@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,8 @@ from torch import Tensor
 from ..errors import KernelFailed
 from . import device, launch_config, rules, tuned_table
 from .call import Call
-from .device import DIRECT_LAUNCH, INTERPRETED, bind_context, descriptor, gpu_of, tma_fits
+from .device import INTERPRETED, bind_context, descriptor, gpu_of, tma_fits
+from .direct import DIRECT_LAUNCH, direct_launch
 from .forward import TENSOR_ARGS, _sel_fwd
 from .launch_config import LaunchConfig
 
@@ -263,7 +263,7 @@ class Plan:
                 compiled = _sel_fwd[self.grid](*arguments, **self.options)
                 _launches += 1
             if DIRECT_LAUNCH and aligned:
-                direct = _direct_launch(compiled, values, self.tma, self.config.cluster)
+                direct = direct_launch(compiled, values, self.tma, self.config.cluster)
                 if lse is None:
                     self.direct = direct
                 else:
@@ -295,32 +295,3 @@ def _why_it_failed(config: LaunchConfig, error: Exception) -> str:
         folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
         reason += f"; compiled kernels are kept in {folder}: clear it, or set TRITON_CACHE_DIR to a folder with room"
     return " ".join(reason.split())
-
-
-def _direct_launch(compiled: Any, values: tuple, tma: bool, cluster: int = 1) -> tuple | None:
-    """Return how to launch a compiled kernel without Triton's argument binding: the C function, and what it is given.
-
-    Valid for any call of the same plan whose pointers are as aligned as those that the kernel was compiled for: sizes
-    and strides are not specialised, and everything else is part of the plan. None: launch through the public interface.
-    Triton's launch hooks do not see such a launch. cluster: programs of a thread-block cluster, which the C function
-    makes of what it takes for the CTAs of one program.
-    """
-    run = compiled.run
-    if run.global_scratch_size or run.profile_scratch_size:
-        return None
-    num_warps, _, shared = compiled.packed_metadata
-    launch, describe = run.launch, None
-    if tma:
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        inner = inspect.getclosurevars(launch).nonlocals
-        launch, meta = inner["launcher"], inner["tensordesc_meta"]
-
-        def describe(descriptor: Any, which: int) -> list:
-            return make_tensordesc_arg(descriptor, meta[which])
-
-    head = (
-        compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, (num_warps, cluster, shared),
-        None, None, None,
-    )  # fmt: skip
-    return launch, head, describe, values
