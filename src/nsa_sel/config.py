@@ -1,6 +1,6 @@
 """The toggles: environment over YAML file over built-in default, parsed strictly, read nowhere else.
 
-Source: issue 2, "Routing and toggles".
+Source: README.md, "Toggles".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The routing rule: toggles, GPU, length and capability in; the backend and one plain sentence out.
 
-Source: issue 2, "Routing and toggles".
+Source: README.md, "Toggles".
 """
 
 from __future__ import annotations

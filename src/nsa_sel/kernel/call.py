@@ -1,4 +1,4 @@
-"""What a launch is chosen by: the sizes of a call, and the GPU that it runs on. Pure Python."""
+"""What a launch is chosen by: the sizes of a call, and the GPU that it runs on."""
 
 from __future__ import annotations
 

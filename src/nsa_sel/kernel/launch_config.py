@@ -1,4 +1,4 @@
-"""The compile-time choices of one launch, and what follows from them: widths, shared memory, workspace. Pure Python."""
+"""The compile-time choices of one launch, and what follows from them: widths, shared memory, workspace."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 LOADS = ("gather", "whole", "tma")
 MAX_HEADS = 64
 MAX_WIDTH = 256  # of D and Dv
-SPAN_BUCKETS = (1, 8, 16, 64, 256, 1024)  # spans a row that a kernel is compiled for: few, so that few are compiled
+SPAN_BUCKETS = (1, 8, 16, 64, 256, 1024)  # spans per row that kernels are compiled for: few sizes, few kernels
 MAX_SPANS = SPAN_BUCKETS[-1]
 MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
@@ -21,9 +21,10 @@ class LaunchConfig:
     """Name every compile-time choice of one launch.
 
     load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers) or "tma" (those
-    tiles through TMA descriptors). block_l: tokens a tile; block_d, block_dv: columns a chunk of D and Dv. splits:
-    programs a row. max_registers: a thread's limit, 0 = none. cluster: programs of a row that merge as a thread-block
-    cluster, dividing splits; 1: the last to arrive merges all.
+    tiles through TMA descriptors). block_l: tokens per tile. block_d, block_dv: columns per chunk of D and Dv. splits:
+    programs per row. max_registers: the limit of each thread, 0 for none. cluster: programs of a row that merge as a
+    thread-block cluster; it divides splits. With 1 the program that arrives last merges all.
+    Source: docs/kernel.md.
     """
 
     load: str

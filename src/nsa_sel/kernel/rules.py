@@ -1,4 +1,4 @@
-"""The launch of a call that no tuned table knows: which variant, tile, split, warps and stages. Pure Python."""
+"""The launch of a call that no tuned table knows: which variant, tile, split, warps and stages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def choose(call: Call, gpu: Gpu) -> LaunchConfig:
     if max_len <= 32:
         return config("gather", 32, 2, 2 if some_spans else 3) if rows_per_sm < 4 else config("gather", 16, 1, 2)
     # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
-    # A block of 64 that ends at the context may be shorter, so that the mean of more than 8 may fall to 57.
+    # A block of 64 that ends at the context may be shorter: the mean of more than 8 blocks may fall to 57.
     whole = mean_span >= (56 if n_spans > 8 else 64) and ((n_spans == 1 and has_tma) or n_spans > 8)
     if rows_per_sm >= 4 and not whole:
         return config("gather", 16, 1, 3)
@@ -139,9 +139,9 @@ def _clustered(
 ) -> tuple[str, int, int, int, int, int, int] | None:
     """Choose the arguments of `config` for few rows whose parts merge as clusters; None where that gains nothing.
 
-    Clusters of 8 are what every GPU that has clusters can place, if an idle multiprocessor has room for two programs;
-    of 2, always. A cluster's merge pays from parts of one tile on; where every multiprocessor streams many tiles, the
-    larger of those that clusters cannot place are better. width: D + Dv.
+    Up to 8 programs form a cluster on any card. Clusters of 8 need multiprocessors with room for two programs; pairs
+    always fit. Splitting pays once a part has at least one tile. Where every multiprocessor streams many tiles, pairs
+    occupy more multiprocessors than clusters of 8 and are faster. width: D + Dv.
     """
     rows_per_sm = N / sm_count
     if rows_per_sm > 1 / 2:
@@ -197,7 +197,7 @@ def _splits(N: int, max_len: int, sm_count: int) -> int:
 
 
 def _fit(config: LaunchConfig, call: Call, limit: int) -> LaunchConfig:
-    """Take tokens a tile, then stages, then whole tiles from a configuration until it fits into `limit` bytes."""
+    """Shorten the tiles, then the pipeline, then give up whole tiles, until a launch fits into `limit` bytes."""
     while shared_memory(config, call.H, call.D, call.Dv, call.element_bytes) > limit:
         if config.block_l > 64 or (config.num_stages <= 2 and config.block_l > 16):
             config = replace(config, block_l=config.block_l // 2)

@@ -1,4 +1,4 @@
-"""The tuned launches of a GPU: which launch was measured to be the fastest for calls of a kind. Pure Python.
+"""The tuned launches of a GPU: which launch was measured to be the fastest for calls of a kind.
 
 `nsa-sel tune` writes a table as `<GPU name, spaces as _>.json`. It is read from `configs/tuned/` of the working
 directory, else from `tuned/` of this package. Only calls of a kind that was measured (see `Key`) find an entry: the
@@ -31,9 +31,8 @@ LOCAL = Path("configs/tuned")  # in the working directory, as configs/base.yaml
 PACKAGED = Path(__file__).parents[1] / "tuned"
 KERNEL = "_sel_fwd"
 RETUNE = "tune again with: nsa-sel tune"
-FULL_GPU = (
-    3  # log2 of the rows a multiprocessor from which on a GPU is full: more rows only add rounds of the same work
-)
+# log2 of the rows per multiprocessor from which on the GPU is full: more rows only add rounds of the same work.
+FULL_GPU = 3
 LONG_SPAN = 8  # log2 of the mean span length from which on spans are simply long
 
 _ignored = ContextVar("tuned tables are ignored", default=False)
@@ -48,7 +47,7 @@ class TableError(ValueError):
 class Key:
     """Name the calls that one launch serves: equal keys, equal launch.
 
-    heads: of a row, as the kernel pads them (at least 16). rows: log2 of rows a multiprocessor, rounded, at most
+    heads: of a row, as the kernel pads them (at least 16). rows: log2 of rows per multiprocessor, rounded, at most
     FULL_GPU; below 0, as in decode, there are fewer rows than multiprocessors. length: log2 of the longest row's L,
     rounded. span: log2 of the mean span length, rounded, at most LONG_SPAN; -1 where a row has one span. shared_kv:
     several rows of a group attend to the same K and V, as in prefill.
