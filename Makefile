@@ -49,7 +49,7 @@ bench: $(INSTALLED)
 	rm $$marker; exit $$status
 
 aot: $(INSTALLED) ## thousands of kernels: an hour or more on two cores, nothing of a GPU is needed
-	$(PY) -m nsa_sel.bench.aot
+	$(PY) -m nsa_sel.bench.checks.aot
 
 tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shape; see nsa-sel tune --help
 	$(PY) -m nsa_sel tune $(TUNE)
@@ -67,7 +67,7 @@ decide: $(INSTALLED) ## tiles, two full runs in fresh processes, the threshold, 
 	$(PY) -m nsa_sel threshold $$runs --apply || status=1; \
 	$(PY) -m nsa_sel report $${runs##* } --out $(RESULTS) || status=1; \
 	echo 'Files written:'; \
-	find .benchmarks $(RESULTS) src/nsa_sel/tuned configs PRD.md -type f -newer $$marker 2>/dev/null; \
+	find -L .benchmarks $(RESULTS) src/nsa_sel/tuned configs PRD.md -type f -newer $$marker 2>/dev/null; \
 	exit $$status
 
 lint: $(INSTALLED)

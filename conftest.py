@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "src"))  # `pytest-benchmark compare` reads no pytest.ini
 
-from nsa_sel.bench import cases, hooks
-from nsa_sel.bench.hooks import (
+from nsa_sel.bench.compare import hooks
+from nsa_sel.bench.compare.hooks import (
     pytest_benchmark_group_stats,
     pytest_benchmark_update_json,
     pytest_benchmark_update_machine_info,
@@ -18,6 +18,7 @@ from nsa_sel.bench.hooks import (
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+from nsa_sel.bench.suite import cases
 
 __all__ = [
     "pytest_benchmark_group_stats",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time the kernel against SDPA for shapes of your own, with the suite's cases, inputs and timer: one line a method."""
+"""Time the kernel against SDPA for shapes of your own, with the suite's inputs and timer: one line per method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs without being installed
 
 from nsa_sel import choose_route
-from nsa_sel.bench import cases, summary
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.measure import Bench
-from nsa_sel.bench.methods import NotTimed, WrongResult
+from nsa_sel.bench.methods.contender import NotTimed, WrongResult
+from nsa_sel.bench.saved.speedups import fastest_sdpa
+from nsa_sel.bench.session import Session
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import Case
 
 COLUMNS = (
     *("N", "H", "D", "Dv", "L", "dist", "dtype", "scope", "method"),
@@ -27,9 +28,9 @@ CPU_ROUNDS, CPU_WARMUP = 5, 1  # without a GPU a call takes up to a second
 def main(argv: list[str] | None = None) -> int:
     """Print the lines; exit with 1 if a result is wrong, 2 for bad arguments."""
     args = _arguments(argv)
-    bench = Bench()
+    session = Session()
     rounds, warmup = args.iters, args.warmup
-    if not bench.on_gpu:
+    if not session.on_gpu:
         rounds, warmup = min(rounds, CPU_ROUNDS), min(warmup, CPU_WARMUP)
         print(f"no GPU: SDPA by the wall clock, {rounds} rounds; the kernel is not timed", file=sys.stderr)
     outputs = [(form, path) for form, path in ((_csv, args.csv), (_markdown, args.md)) if path] or [(_csv, "-")]
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             if form is _markdown:
                 print(form(["---"] * len(COLUMNS)), file=file)
         for case in args.cases:
-            for row in _measure(bench, case, rounds, warmup):
+            for row in _measure(session, case, rounds, warmup):
                 wrong |= row["note"].startswith("WRONG")
                 for form, file in files:
                     print(form(row.values()), file=file, flush=True)
@@ -51,22 +52,22 @@ def main(argv: list[str] | None = None) -> int:
     return int(wrong)
 
 
-def _measure(bench: Bench, case: Case, rounds: int, warmup: int) -> Iterator[dict[str, str]]:
-    """Yield one line for each method of the case."""
+def _measure(session: Session, case: Case, rounds: int, warmup: int) -> Iterator[dict[str, str]]:
+    """Yield one line per method of the case."""
     results, notes = [], {}
     for method in case.methods:
         try:
-            found = bench.measure(case, method, rounds, warmup)
+            found = session.measure(case, method, rounds, warmup)
             results.append({**found, "device_us": found["median"] * 1e6})
         except NotTimed as reason:
             notes[method] = f"not timed: {reason}"
         except WrongResult as error:
             notes[method] = f"WRONG: {error}"
-    if bench.fits(case):
-        x = bench.state(case).inputs
+    if session.fits(case):
+        x = session.state(case).inputs
         route = choose_route(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
         print(f"{case.id}: auto runs {route.backend} ({route.reason})", file=sys.stderr)
-    fastest = summary.fastest_sdpa(results)
+    fastest = fastest_sdpa(results)
     for method in case.methods:
         scope = cases.scope(method)
         shape = (case.N, case.H, case.D, case.Dv, case.L, case.layout, case.dtype, scope, method)

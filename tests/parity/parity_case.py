@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_sel import reference
-from nsa_sel.bench import gate
+from nsa_sel.bench.suite import gate
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

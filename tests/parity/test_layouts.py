@@ -7,7 +7,7 @@ import torch
 from parity_case import DEVICE, DTYPES, VIEWS, Case, check, here, rows, tensors
 
 from nsa_sel import SelConfig, choose_route, reference, selection_attention, spans
-from nsa_sel.bench import gate
+from nsa_sel.bench.suite import gate
 
 H_VALUES = (1, 4, 6, 8, 16, 64)
 WIDTHS = (16, 64, 80, 128, 192, 256)

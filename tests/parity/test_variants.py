@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity_case import DEVICE, Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
-from nsa_sel.bench import sweep_space
+from nsa_sel.bench.tune import space
 from nsa_sel.kernel.launch_config import LOADS, SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, shared_memory
 
 # Spans longer than the largest tile, remainders of every kind, an empty row, one token, doubly covered keys.
@@ -33,7 +33,7 @@ def covering(
     """
     candidates = [
         c
-        for c in sweep_space.grid(D, Dv)
+        for c in space.grid(D, Dv)
         if c.block_l in tiles
         and c.splits in splits
         and c.cluster == 1

@@ -10,20 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_sel.bench import cases, decision, runs, summary, thresholds
-from nsa_sel.bench.measure import Bench
-from nsa_sel.bench.runs import RunError
+from nsa_sel.bench.report import screen
+from nsa_sel.bench.saved.run import MARK, RunError, Saved
+from nsa_sel.bench.session import Session
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.threshold.rule import ThresholdError, decide
+from nsa_sel.bench.threshold.write import sentence
 
-BENCH = pytest.StashKey[Bench]()
+BENCH = pytest.StashKey[Session]()
 
 
 @pytest.fixture(scope="session")
-def bench(request: pytest.FixtureRequest) -> Bench:
+def bench(request: pytest.FixtureRequest) -> Session:
     """Compile the run's kernels, then calibrate the instrument, without which nothing can be timed."""
     if torch.cuda.is_available():
         _say(request.config, _compiled(request.session))
     try:
-        made = request.config.stash[BENCH] = Bench(plant=request.config.getoption("sel_plant"))
+        made = request.config.stash[BENCH] = Session(plant=request.config.getoption("sel_plant"))
         return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
@@ -34,7 +37,7 @@ def _compiled(session: pytest.Session) -> str:
     families = ",".join((*cases.FAMILIES, cases.PEERS))
     known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
     try:
-        from nsa_sel.bench import precompile  # needs Triton
+        from nsa_sel.bench import precompile
 
         return precompile.compile_kernels([(known[params["case_id"]], params["method"]) for params in asked])
     except Exception as error:  # the run compiles what it needs, one kernel after another
@@ -56,7 +59,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """Save why a method has no time beside peers."""
     if reasons := _not_timed(config):
         saved = [{"case": case, "method": method, "reason": why} for (case, method), why in reasons.items()]
-        output_json.setdefault(runs.MARK, {})["not_timed"] = saved
+        output_json.setdefault(MARK, {})["not_timed"] = saved
 
 
 def _not_timed(config: pytest.Config) -> dict[tuple[str, str], str]:
@@ -72,12 +75,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     results = [{**bench.extra_info, "device_us": bench["median"] * 1e6} for bench in timed]
     terminalreporter.section("selection attention", sep="-")
     if results and config.getoption("sel_table"):
-        for line in summary.aligned(summary.table(results)):
+        for line in screen.aligned(screen.table(results)):
             terminalreporter.write_line(line)
         terminalreporter.write_line("")
-    for line in summary.screen(results):
+    for line in screen.screen(results):
         terminalreporter.write_line(line)
-    beside = summary.peers_screen(results, _not_timed(config))
+    beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
         terminalreporter.write_line(line)
     files = _saved(session)
@@ -97,8 +100,8 @@ def _reason(report: Any) -> str:
 def _proposal(path: str, matrix: str) -> str:
     """Return the threshold that this run alone supports."""
     try:
-        return decision.sentence(thresholds.decide([thresholds.Saved.load(path)], matrix))
-    except (RunError, thresholds.ThresholdError) as error:
+        return sentence(decide([Saved.load(path)], matrix))
+    except (RunError, ThresholdError) as error:
         return f"no threshold proposed: {error}"
 
 

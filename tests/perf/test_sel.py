@@ -7,9 +7,11 @@ import functools
 import pytest
 import torch
 
-from nsa_sel.bench import cases, hooks, timing
-from nsa_sel.bench.measure import Bench
-from nsa_sel.bench.methods import NotTimed
+from nsa_sel.bench.compare import hooks
+from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.session import Session
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.timer import timing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,7 +32,7 @@ CASES = pytest.StashKey[dict[str, cases.Case]]()
 
 @pytest.mark.benchmark(timer=timing.tick, disable_gc=True)
 @pytest.mark.filterwarnings("ignore")  # whatever torch and the compilers warn of, it is no reason to lose a measurement
-def test_sel(case_id, method, benchmark, bench: Bench, pytestconfig: pytest.Config) -> None:
+def test_sel(case_id, method, benchmark, bench: Session, pytestconfig: pytest.Config) -> None:
     case = pytestconfig.stash[CASES][case_id]
     benchmark.group = case_id
     try:

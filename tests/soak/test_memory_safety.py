@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_sel.bench import gate
+from nsa_sel.bench.suite import gate
 from nsa_sel.kernel.launch_config import LaunchConfig
 
 B, S, G, H, D, S_KV = 2, 3, 2, 4, 64, 700

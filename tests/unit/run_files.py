@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsa_sel.bench import runs
+from nsa_sel.bench.saved import run as runs
 
 
 def bench(case: str, method: str, us: float, *, spread: float = 0.02, ci: float = 0.002, **more: Any) -> dict:

@@ -4,9 +4,9 @@ import random
 from collections import Counter
 from dataclasses import asdict
 
-from nsa_sel.bench import cases
-from nsa_sel.bench.cases import rows_case
-from nsa_sel.bench.methods import NotTimed, WrongResult
+from nsa_sel.bench.methods.contender import NotTimed, WrongResult
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import rows_case
 from nsa_sel.kernel.call import Gpu
 from nsa_sel.kernel.launch_config import LaunchConfig
 

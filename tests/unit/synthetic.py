@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsa_sel.bench.cases import Case, scope
+from nsa_sel.bench.suite.cases import Case, scope
 
 GPU = "NVIDIA Synthetic"
 IDENTITY = {"gpu": GPU, "gpu_id": "0f1e2d", "driver": "580.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}

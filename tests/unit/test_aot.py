@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nsa_sel.bench import aot, aot_variants
+from nsa_sel.bench.checks import aot
+from nsa_sel.bench.checks import variants as aot_variants
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton.tools.tensor_descriptor") is None,
@@ -23,13 +24,13 @@ pytestmark = pytest.mark.skipif(
 
 def compiled(*arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """Run python with the arguments, and return what it printed as JSON lines."""
-    env = {**os.environ, "PYTHONPATH": str(Path(aot.__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(aot.__file__).parents[3])}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
     return done, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_sample_compiles_for_every_architecture():
-    done, builds = compiled("-m", "nsa_sel.bench.aot", "--sample", "--json", "--jobs", "2")
+    done, builds = compiled("-m", "nsa_sel.bench.checks.aot", "--sample", "--json", "--jobs", "2")
     failed = [f"{build['id']}: {build['problem']}" for build in builds if build["problem"]]
     assert done.returncode == 0 and not failed, "\n".join([*failed, done.stderr])
     assert len(builds) == len(aot_variants.sample()) <= 150
@@ -48,7 +49,7 @@ def test_sample_compiles_for_every_architecture():
 PLANTED = """
 import sys
 from dataclasses import replace
-from nsa_sel.bench import aot
+from nsa_sel.bench.checks import aot
 from nsa_sel.kernel.launch_config import LaunchConfig
 
 good = aot.Variant(89, "bf16", 8, 128, 128, 8, LaunchConfig("gather", 64, 128, 128, 4, 2), in_matrix=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from nsa_sel import UnsupportedError
-from nsa_sel.bench import auto, cases
-from nsa_sel.bench.methods import NotTimed
-from nsa_sel.bench.timing import WallTimer
+from nsa_sel.bench.checks import auto
+from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.timer.timing import WallTimer
 
 CASE = cases.matrix("smoke")[0]
 

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from nsa_sel.bench import cases
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.inputs import make_inputs, make_ranges, memory_estimate, ragged_lengths, traffic
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import Case, ragged_lengths
+from nsa_sel.bench.suite.inputs import make_inputs, make_ranges, memory_estimate, traffic
 
 FULL = cases.matrix("full")
 

@@ -16,7 +16,13 @@ from run_files import bench, save
 
 import nsa_sel
 from nsa_sel import dispatch, reference, routing
-from nsa_sel.bench import regress, report, runs, sweep, thresholds
+from nsa_sel.bench.compare import command as compare_command
+from nsa_sel.bench.compare import rule
+from nsa_sel.bench.report import command as report_command
+from nsa_sel.bench.saved import run as runs
+from nsa_sel.bench.saved import storage as saved_storage
+from nsa_sel.bench.threshold import command as threshold_command
+from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.errors import KernelFailed
 from nsa_sel.routing import Route
 
@@ -88,7 +94,7 @@ COMPILE = """
 import sys
 from nsa_sel.kernel import launch
 from nsa_sel.kernel.launch_config import LaunchConfig
-from nsa_sel.bench import aot
+from nsa_sel.bench.checks import aot
 from nsa_sel.errors import KernelFailed
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -229,9 +235,9 @@ DAMAGED = {
     "a case twice": json.dumps({"machine_info": {}, "benchmarks": [bench("a", "triton", 9), bench("a", "triton", 8)]}),
 }
 COMMANDS = {
-    "compare": lambda bad, out: regress.main([str(bad), str(bad)]),
-    "report": lambda bad, out: report.main([str(bad), "--out", str(out)]),
-    "threshold": lambda bad, out: thresholds.main([str(bad)]),
+    "compare": lambda bad, out: compare_command.main([str(bad), str(bad)]),
+    "report": lambda bad, out: report_command.main([str(bad), "--out", str(out)]),
+    "threshold": lambda bad, out: threshold_command.main([str(bad)]),
 }
 
 
@@ -270,10 +276,10 @@ def test_tuning_sets_aside_what_stands_in_its_tables_place(tmp_path, capsys, con
     table = tmp_path / "NVIDIA_H200.json"
     for name in ("NVIDIA_H200.json.old", "NVIDIA_H200.json.old1"):
         table.write_text(content)
-        sweep.set_aside(table, "NVIDIA H200")
+        tune_command.set_aside(table, "NVIDIA H200")
         assert not table.exists() and (tmp_path / name).read_text() == content
         assert name in capsys.readouterr().out
-    sweep.set_aside(table, "NVIDIA H200")
+    tune_command.set_aside(table, "NVIDIA H200")
     assert capsys.readouterr().out == ""
 
 
@@ -309,6 +315,6 @@ def test_an_interrupted_perf_run_leaves_the_earlier_one_and_is_no_baseline(tmp_p
     partial = [path for path in storage.glob("*/*.json") if path != earlier]
     for path in partial:
         assert runs.load(path).interrupted
-    assert partial and runs.latest(storage, clean=True) == earlier
-    note = regress.compare(runs.load(partial[0]), runs.load(earlier)).text()
+    assert partial and saved_storage.latest(storage, clean=True) == earlier
+    note = rule.compare(runs.load(partial[0]), runs.load(earlier)).text()
     assert "was interrupted and lacks cases" in note

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_sel import reference
-from nsa_sel.bench import gate
+from nsa_sel.bench.suite import gate
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS, H, D, Dv = 4, 4, 64, 48

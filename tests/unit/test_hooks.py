@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from run_files import bench, save
 
-from nsa_sel.bench import hooks, regress, runs
+from nsa_sel.bench.compare import command as compare_command
+from nsa_sel.bench.compare import hooks, rule
+from nsa_sel.bench.saved import run as runs
 
 pytest_plugins = ["pytester"]
-SRC = Path(regress.__file__).parents[2]
+SRC = Path(rule.__file__).parents[3]
 CONFTEST = """
-from nsa_sel.bench import hooks
-from nsa_sel.bench.hooks import (
+from nsa_sel.bench.compare import hooks
+from nsa_sel.bench.compare.hooks import (
     pytest_benchmark_group_stats, pytest_benchmark_update_json, pytest_benchmark_update_machine_info,
     pytest_configure, pytest_sessionfinish, pytest_terminal_summary,
 )
@@ -25,7 +27,7 @@ def pytest_addoption(parser):
 """
 SUITE = """
 import json, pathlib, pytest
-from nsa_sel.bench import hooks
+from nsa_sel.bench.compare import hooks
 
 times, again = (json.loads(pathlib.Path(name).read_text()) for name in ("times.json", "again.json"))
 now, step = 0.0, 1e-6
@@ -58,7 +60,7 @@ def perf(pytester, monkeypatch):
     """Return a function that runs a small suite with the given times (us), and times of a second measurement."""
     monkeypatch.setattr(hooks, "remeasure", {})
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)  # asks the CPU in a subprocess
-    monkeypatch.setattr(hooks, "_environment", lambda: {"gpu": "NVIDIA H200", "calibration": {"tick_us": 0.5}})
+    monkeypatch.setattr(hooks, "environment", lambda: {"gpu": "NVIDIA H200", "calibration": {"tick_us": 0.5}})
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(SUITE)
 
@@ -203,34 +205,34 @@ def stored(tmp_path, monkeypatch):
 
 
 def test_nsa_sel_compare_takes_the_named_baseline_and_the_latest_of_its_gpu(stored, capsys):
-    assert regress.main([]) == 2 and "no saved run" in capsys.readouterr().err
+    assert compare_command.main([]) == 2 and "no saved run" in capsys.readouterr().err
     stored("0001_baseline", 100, 1)
-    assert regress.main([]) == 2 and "the latest run is the baseline itself" in capsys.readouterr().err
+    assert compare_command.main([]) == 2 and "the latest run is the baseline itself" in capsys.readouterr().err
     stored("0001_x", 7, 1, folder="Linux-cpu")
     stored("0002_x", 115, 2)
     stored("0003_x", 115, 3)
-    assert regress.main([]) == 1
+    assert compare_command.main([]) == 1
     assert f"{H200}/0001_baseline.json" in capsys.readouterr().out
-    assert regress.main(["--sel-baseline", "0002"]) == 0
-    assert regress.main(["0002", "0003"]) == 0
-    assert regress.main(["0001_b", "0003"]) == 1
+    assert compare_command.main(["--sel-baseline", "0002"]) == 0
+    assert compare_command.main(["0002", "0003"]) == 0
+    assert compare_command.main(["0001_b", "0003"]) == 1
     capsys.readouterr()
-    assert regress.main(["0001", "0003"]) == 2  # of two GPUs
+    assert compare_command.main(["0001", "0003"]) == 2  # of two GPUs
     assert "means 2 runs" in capsys.readouterr().err
-    assert regress.main(["Linux-cpu/0001", "0003"]) == 1
+    assert compare_command.main(["Linux-cpu/0001", "0003"]) == 1
     assert "DIFFERENT GPU: cpu -> NVIDIA H200" in capsys.readouterr().out
-    assert regress.main(["9999", "0003"]) == 2
+    assert compare_command.main(["9999", "0003"]) == 2
     assert "9999: no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        regress.main(["0001"])
+        compare_command.main(["0001"])
 
 
 def test_nsa_sel_compare_without_a_named_baseline_skips_slow_runs(stored, capsys):
     stored("0001_x", 100, 1)
-    assert regress.main([]) == 2 and "no earlier run" in capsys.readouterr().err
+    assert compare_command.main([]) == 2 and "no earlier run" in capsys.readouterr().err
     stored("0002_x", 115, 2, nsa_sel={"regressions": ["a triton"]})
     stored("0003_x", 115, 3)
-    assert regress.main([]) == 1
+    assert compare_command.main([]) == 1
     assert f"{H200}/0001_x.json" in capsys.readouterr().out
 
 

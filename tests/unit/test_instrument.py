@@ -11,10 +11,13 @@ import pytest
 import synthetic
 import torch
 
-from nsa_sel.bench import cases, instrument, methods, timing
-from nsa_sel.bench.measure import Bench
-from nsa_sel.bench.methods import NotTimed
-from nsa_sel.bench.timing import DeviceTimer
+from nsa_sel.bench.checks import instrument
+from nsa_sel.bench.methods import contender
+from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.session import Session
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.timer import timing
+from nsa_sel.bench.timer.timing import DeviceTimer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its instrument cannot be tested")
 
@@ -26,10 +29,10 @@ METHODS = ("triton", "sdpa_core")
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench()
+    return Session()
 
 
-def calls(bench: Bench, cells=CELLS):
+def calls(bench: Session, cells=CELLS):
     """Yield (name, call) for every cell and method, one case in memory at a time, in the method's SDPA backend."""
     for L, N, layout in cells:
         case = cases.rows_case("bf16", layout, 8, 128, 128, L, N)
@@ -61,7 +64,7 @@ def test_flushed_with_zeros_the_timer_agrees_with_do_bench(bench):
 
 @on_gpu
 def test_zeros_leave_a_write_back_that_a_plain_read_pays_for(bench):
-    from nsa_sel.bench import streaming
+    from nsa_sel.bench.timer import streaming
 
     read = streaming.reader(torch.zeros(33_600_000 // 4, dtype=torch.int32, device="cuda"))
     dirty, clean = median_us(DeviceTimer(flush="zeros").samples(read)), median_us(bench.timer.samples(read))
@@ -148,11 +151,11 @@ def test_every_hot_method_is_measured_with_all_times(bench):
 
 @on_gpu
 def test_a_planted_share_is_added_to_a_planted_benchmark_only(bench):
-    from nsa_sel.bench.measure import is_planted
+    from nsa_sel.bench.session import is_planted
 
     long = [case for case in cases.matrix("hot") if case.L >= 512 and case.N == 1024]  # 5 % is beyond the timer's tick
     hot = [(case, method) for case in long for method in case.methods]
-    slowed = Bench(plant=0.15)
+    slowed = Session(plant=0.15)
     for wanted in (True, False):
         case, method = next(pair for pair in hot if is_planted(*pair) == wanted)
         found = slowed.measure(case, method)
@@ -163,11 +166,11 @@ def test_a_planted_share_is_added_to_a_planted_benchmark_only(bench):
 
 def test_a_case_that_does_not_fit_is_not_timed(monkeypatch):
     case = cases.rows_case("bf16", "few", 4, 64, 64, 64, 8)
-    monkeypatch.setattr(methods, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(contender, "_free_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     timer = DeviceTimer.__new__(DeviceTimer)  # a GPU's timer, which is not used
     with pytest.raises(NotTimed, match=r"needs 0\.0 GB, 0\.0 GB are free"):
-        methods.CaseState(case, timer)
+        contender.CaseState(case, timer)
 
 
 @pytest.fixture

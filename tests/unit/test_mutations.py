@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_sel.bench import timing
+from nsa_sel.bench.timer import timing
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or not sys.platform.startswith("linux"),
@@ -125,14 +125,14 @@ FAULTS = [
     ),
     Fault(
         "runs are compared by their means",
-        "bench/runs.py",
+        "bench/saved/run.py",
         'median_us=positive(stats, "median") * 1e6',
         'median_us=positive(stats, "mean") * 1e6',
         "tests/unit/test_regress.py::test_medians_decide_and_means_do_not",
     ),
     Fault(
         "a missing case passes",
-        "bench/regress.py",
+        "bench/compare/rule.py",
         "return int(bool(self.regressions or self.missing or not self.compared or self.different_gpu))",
         "return int(bool(self.regressions or not self.compared or self.different_gpu))",
         "tests/unit/test_regress.py::test_missing_case_fails_and_new_case_is_listed",
@@ -146,7 +146,7 @@ FAULTS = [
     ),
     Fault(
         "the timer does not wait for the device",
-        "bench/timing.py",
+        "bench/timer/timing.py",
         "            self.tick()\n        end.event.synchronize()\n        return start",
         "            self.tick()\n        return start",
         "tests/unit/test_mutations.py::test_the_timer_waits_for_its_end_event",

@@ -19,12 +19,15 @@ import torch
 
 import nsa_sel
 from nsa_sel import reference
-from nsa_sel.bench import cases, methods, peers, report, summary
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.measure import Bench
-from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
-from nsa_sel.bench.thresholds import Saved
-from nsa_sel.bench.timing import WallTimer
+from nsa_sel.bench.methods import contender, peers, prepare
+from nsa_sel.bench.methods.contender import CaseState, NotTimed, Prepared, WrongResult
+from nsa_sel.bench.report import screen
+from nsa_sel.bench.report import tables as report_tables
+from nsa_sel.bench.saved.run import Saved
+from nsa_sel.bench.session import Session
+from nsa_sel.bench.suite import cases, inputs
+from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.timer.timing import WallTimer
 
 PREFILL = Case("prefill", "bf16", "many", 4, 32, 16, 128, 2 * 192 * 2, S=192, G=2, S_kv=192, block=64, peers=True)
 DECODE = replace(cases.decode_case("bf16", "many", 2, 32, 16, 256, 2, 1024), peers=True)
@@ -39,12 +42,12 @@ class OnceTimer(WallTimer):
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Session:
     """Return a session by the wall clock, whatever this machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    made = Bench()
+    made = Session()
     assert torch.get_num_threads() == threads
     return made
 
@@ -95,7 +98,7 @@ def test_what_runs_on_the_cpu_is_right(case, method):
         pytest.importorskip("torch.nn.attention.flex_attention", reason="torch has it from 2.5 on")
     state = CaseState(case, OnceTimer())
     form = peers.prepare(state, method)
-    assert methods.check(state, form) < 1e-3
+    assert contender.check(state, form) < 1e-3
     assert form.details["peer"] == f"torch {importlib.metadata.version('torch')}"
 
 
@@ -103,7 +106,7 @@ def test_dense_is_not_judged_by_the_selection():
     state = CaseState(PREFILL, OnceTimer())
     form = peers.prepare(state, "dense")
     with pytest.raises(WrongResult):
-        methods.check(state, replace(form, expected=None))
+        contender.check(state, replace(form, expected=None))
 
 
 @pytest.mark.parametrize(("method", "module"), [("fla_nsa", "fla"), ("flashinfer_paged", "flashinfer")])
@@ -157,7 +160,7 @@ def test_flashinfer_gets_the_selection_as_pages(case, monkeypatch):
     module = types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PagedDecode)
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     state = CaseState(replace(case, Dv=case.D), OnceTimer())
-    assert methods.check(state, peers._flashinfer_paged(state)) < 1e-3
+    assert contender.check(state, peers._flashinfer_paged(state)) < 1e-3
 
 
 def parallel_nsa_fwd(*, q, k, v, block_indices, block_counts, block_size, scale):
@@ -185,7 +188,7 @@ def test_fla_gets_the_selection_as_blocks_and_tunes_for_the_case(case, monkeypat
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "fla.ops.nsa", module)
     state = CaseState(case, OnceTimer())
-    assert methods.check(state, peers._fla_nsa(state)) < 1e-3
+    assert contender.check(state, peers._fla_nsa(state)) < 1e-3
     assert not tuner.cache and not tuner.cache_results
 
 
@@ -219,7 +222,7 @@ def test_a_failing_peer_is_a_finding_and_ours_a_failure(bench, monkeypatch):
     plant(monkeypatch, fails)
     with pytest.raises(NotTimed, match="^failed: LookupError: no kernel$"), bench.ready(DECODE, "dense"):
         pass
-    monkeypatch.setattr(methods, "check", fails)
+    monkeypatch.setattr(contender, "check", fails)
     with pytest.raises(TypeError), bench.ready(DECODE, "packed_sdpa"):
         pass
 
@@ -234,14 +237,14 @@ def test_the_fastest_right_form_is_timed():
 
 
 def test_packing_that_does_not_fit_is_not_applicable_and_the_rest_goes_on(monkeypatch):
-    tensors = methods.memory_estimate(PREFILL, packed=False)
-    monkeypatch.setattr(methods, "_free_memory", lambda: tensors)
+    tensors = inputs.memory_estimate(PREFILL, packed=False)
+    monkeypatch.setattr(contender, "_free_memory", lambda: tensors)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     state = CaseState(PREFILL, OnceTimer())
     monkeypatch.setattr(state, "device", "cuda")
     state.require(tensors)
     with pytest.raises(NotTimed, match="needs .* GB, .* GB are free"):
-        methods.prepare(state, "packed_sdpa")
+        prepare.prepare(state, "packed_sdpa")
 
 
 def result(method: str, us: float, **more: str) -> dict:
@@ -251,7 +254,7 @@ def result(method: str, us: float, **more: str) -> dict:
 def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
     timed = [result("triton", 10.0), result("fla_nsa", 9.0, peer="fla-core 1.2"), result("dense", 2.0)]
     missing = {("a", "flex_attention"): "wrong: 3 rows", ("a", "flashinfer_paged"): "no GPU"}
-    lines, notes = summary.peers(timed, missing)
+    lines, notes = screen.peers(timed, missing)
     assert lines[1] == ["a", "10.0", "wrong [1]", "9.0 (0.90x)", "n/a [2]", "2.0 (0.20x)", "-", "-"]
     assert notes == [
         "faster than triton: fla_nsa in a, 9.0 against 10.0 µs",
@@ -260,10 +263,10 @@ def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
         "[1] flex_attention: wrong: 3 rows",
         "[2] flashinfer_paged: no GPU",
     ]
-    shown = summary.peers_screen(timed, missing)
+    shown = screen.peers_screen(timed, missing)
     assert shown[1].split() == ["fla_nsa", "decode", "1", "0.90", "0.90"]
     assert shown[-2:] == ["1 x flex_attention: wrong: 3 rows", "1 x flashinfer_paged: no GPU"]
-    assert summary.peers(timed[:1], {}) == ([], []) and summary.peers_screen(timed[:1], {}) == []
+    assert screen.peers(timed[:1], {}) == ([], []) and screen.peers_screen(timed[:1], {}) == []
 
 
 def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
@@ -274,7 +277,7 @@ def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "tests/perf", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0 and "1 x triton: no GPU" in done.stdout, done.stdout + done.stderr
-    lines, notes = report.peers(saved, Saved.load(saved))
+    lines, notes = report_tables.peers(saved, Saved.load(saved))
     (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
     assert cells["triton"] == "n/a [1]" and float(cells["dense"]) > 0 and float(cells["packed_sdpa"]) > 0
     assert "[1] triton: no GPU" in notes and f"dense: torch {importlib.metadata.version('torch')}" in notes

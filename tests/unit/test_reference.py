@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nsa_sel import reference
-from nsa_sel.bench import gate
+from nsa_sel.bench.suite import gate
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 B, S, G, H, D, Dv, S_kv = 2, 3, 2, 4, 32, 16, 24

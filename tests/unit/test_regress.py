@@ -3,13 +3,15 @@
 import pytest
 from run_files import as_run, bench, save
 
-from nsa_sel.bench import regress, runs
+from nsa_sel.bench.compare import command as compare_command
+from nsa_sel.bench.compare import rule
+from nsa_sel.bench.saved import run as runs
 
 CASE = "rows-bf16-H8-D128-Dv128-L512-N1024-many"
 
 
 def compare_one(old_us, new_us, old=None, new=None):
-    return regress.compare(
+    return rule.compare(
         as_run([bench(CASE, "triton", old_us, **(old or {}))]), as_run([bench(CASE, "triton", new_us, **(new or {}))])
     )
 
@@ -45,8 +47,8 @@ def test_less_than_half_a_microsecond_is_noise():
 
 def test_less_than_the_timers_tick_is_noise():
     old = as_run([bench(CASE, "triton", 3.0)], machine_info={"calibration": {"tick_us": 1.0}})
-    assert verdict(regress.compare(old, as_run([bench(CASE, "triton", 3.9)]))) == {"noise": 1}
-    assert verdict(regress.compare(old, as_run([bench(CASE, "triton", 4.1)]))) == {"regressions": 1}
+    assert verdict(rule.compare(old, as_run([bench(CASE, "triton", 3.9)]))) == {"noise": 1}
+    assert verdict(rule.compare(old, as_run([bench(CASE, "triton", 4.1)]))) == {"regressions": 1}
 
 
 def test_three_quarters_of_the_wider_interval_is_noise():
@@ -71,7 +73,7 @@ def test_medians_decide_and_means_do_not():
 
 def test_missing_case_fails_and_new_case_is_listed():
     old, new = as_run([bench("a", "triton", 9), bench("b", "triton", 9)]), as_run([bench("a", "triton", 9)])
-    gone, added = regress.compare(old, new), regress.compare(new, old)
+    gone, added = rule.compare(old, new), rule.compare(new, old)
     assert (gone.missing, gone.exit_code) == ((("b", "triton"),), 1)
     assert "  b triton" in gone.text() and "FAIL, 1 missing" in gone.text()
     assert (added.new_cases, added.missing, added.exit_code) == ((("b", "triton"),), (), 0)
@@ -79,7 +81,7 @@ def test_missing_case_fails_and_new_case_is_listed():
 
 
 def test_no_case_in_common_is_no_pass():
-    result = regress.compare(as_run([bench("a", "triton", 9)]), as_run([bench("b", "triton", 9)]))
+    result = rule.compare(as_run([bench("a", "triton", 9)]), as_run([bench("b", "triton", 9)]))
     assert result.exit_code == 1 and "no case in common" in result.text()
 
 
@@ -104,32 +106,32 @@ def sdpa_and_triton(sdpa_us, triton_us):
 
 def test_moved_machine_judges_triton_by_its_speed_up():
     old = sdpa_and_triton(200, 100)
-    slow_machine = regress.compare(old, sdpa_and_triton(216, 112))  # SDPA 1.08x, Triton 1.12x: speed-up 1.037 worse
+    slow_machine = rule.compare(old, sdpa_and_triton(216, 112))  # SDPA 1.08x, Triton 1.12x: speed-up 1.037 worse
     assert slow_machine.moved and "1.080x" in slow_machine.text()
     assert [change.case for change in slow_machine.regressions] == ["alone"]  # no partner: by its time
-    hidden = regress.compare(old, sdpa_and_triton(190, 106))  # Triton is 6 % slower on a machine 5 % faster
+    hidden = rule.compare(old, sdpa_and_triton(190, 106))  # Triton is 6 % slower on a machine 5 % faster
     (found,) = hidden.regressions
     assert (found.case, found.method) == ("a", "triton") and found.change == pytest.approx(0.1158, abs=1e-3)
     assert "speed-up 2.00x -> 1.79x" in hidden.text() and "106.00 us" in hidden.text()
-    still = regress.compare(old, sdpa_and_triton(205, 112))  # 2.5 % is no move
+    still = rule.compare(old, sdpa_and_triton(205, 112))  # 2.5 % is no move
     assert not still.moved and len(still.regressions) == 2
 
 
 def test_one_changed_sdpa_case_is_no_moved_machine():
     old = as_run([bench(case, "packed_sdpa", 100) for case in "abc"])
     new = as_run([bench(case, "packed_sdpa", us) for case, us in (("a", 100), ("b", 200), ("c", 100))])
-    assert not regress.compare(old, new).moved
+    assert not rule.compare(old, new).moved
 
 
 def test_core_scope_has_its_own_partner():
     old = as_run([bench("a", "sdpa_core", 50), bench("a", "packed_sdpa", 50), bench("a", "triton_core", 20)])
     new = as_run([bench("a", "sdpa_core", 54), bench("a", "packed_sdpa", 50.1), bench("a", "triton_core", 22.2)])
-    assert regress.compare(old, new).moved
-    assert regress.compare(old, new).exit_code == 0
+    assert rule.compare(old, new).moved
+    assert rule.compare(old, new).exit_code == 0
 
 
 def test_sdpa_counts_as_itself_on_a_moved_machine():
-    result = regress.compare(sdpa_and_triton(200, 100), sdpa_and_triton(240, 120))
+    result = rule.compare(sdpa_and_triton(200, 100), sdpa_and_triton(240, 120))
     assert [change.method for change in result.regressions].count("packed_sdpa") == 3
     assert ("a", "triton") not in [(change.case, change.method) for change in result.regressions]
 
@@ -148,26 +150,26 @@ def fresh(us, case="a", method="triton"):
 
 
 def test_measuring_again_clears_or_confirms():
-    alerted = regress.compare(as_run([bench("a", "triton", 100)]), as_run([bench("a", "triton", 120)]))
-    assert regress.to_measure_again(alerted) == [("a", "triton")]
-    cleared = regress.confirm(alerted, fresh(104))
+    alerted = rule.compare(as_run([bench("a", "triton", 100)]), as_run([bench("a", "triton", 120)]))
+    assert rule.to_measure_again(alerted) == [("a", "triton")]
+    cleared = rule.confirm(alerted, fresh(104))
     assert cleared.exit_code == 0 and cleared.cleared and "again 104.00 us" in cleared.text()
-    confirmed = regress.confirm(alerted, fresh(118))
+    confirmed = rule.confirm(alerted, fresh(118))
     assert confirmed.exit_code == 1 and "100.00 us -> 120.00 us" in confirmed.text()
     assert "again 118.00 us" in confirmed.text() and "+18.0 %" in confirmed.text()
-    assert regress.confirm(alerted, {}).exit_code == 1
+    assert rule.confirm(alerted, {}).exit_code == 1
 
 
 def test_measuring_again_on_a_moved_machine_takes_the_partner_along():
-    alerted = regress.compare(sdpa_and_triton(200, 100), sdpa_and_triton(190, 106))
-    assert regress.to_measure_again(alerted) == [("a", "triton"), ("a", "packed_sdpa")]
+    alerted = rule.compare(sdpa_and_triton(200, 100), sdpa_and_triton(190, 106))
+    assert rule.to_measure_again(alerted) == [("a", "triton"), ("a", "packed_sdpa")]
     again = {**fresh(106), **fresh(205, method="packed_sdpa")}
-    assert regress.confirm(alerted, again).exit_code == 0
+    assert rule.confirm(alerted, again).exit_code == 0
 
 
 def test_names_from_a_file_cannot_drive_the_terminal():
     evil = "a\x1b[2J\nverdict: pass"
-    text = regress.compare(as_run([bench(evil, "triton", 100)]), as_run([bench(evil, "triton", 150)])).text()
+    text = rule.compare(as_run([bench(evil, "triton", 100)]), as_run([bench(evil, "triton", 150)])).text()
     assert "\x1b" not in text and "a\\x1b[2J\\nverdict: pass triton" in text
 
 
@@ -189,7 +191,7 @@ def test_unreadable_run_is_one_line_and_exit_2(kind, tmp_path, capsys):
     content, said = DAMAGED[kind]
     bad, good = tmp_path / "bad.json", save(tmp_path, "good", [bench("a", "triton", 9)])
     bad.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert regress.main([str(good), str(bad)]) == 2
+    assert compare_command.main([str(good), str(bad)]) == 2
     error = capsys.readouterr().err
     assert "bad.json" in error and said in error and error.count("\n") == 1
 
@@ -207,7 +209,7 @@ def test_unreadable_run_is_one_line_and_exit_2(kind, tmp_path, capsys):
 )
 def test_wrong_entries_are_named(entries, said, tmp_path, capsys):
     good, bad = save(tmp_path, "good", [bench("a", "triton", 9)]), save(tmp_path, "bad", entries)
-    assert regress.main([str(good), str(bad)]) == 2
+    assert compare_command.main([str(good), str(bad)]) == 2
     error = capsys.readouterr().err
     assert "bad.json" in error and said in error and error.count("\n") == 1
 

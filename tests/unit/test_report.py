@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from nsa_sel.bench import cases, report
-from nsa_sel.bench.thresholds import Saved
+from nsa_sel.bench.report import command as report_command
+from nsa_sel.bench.report import tables as report_tables
+from nsa_sel.bench.saved import run as runs
+from nsa_sel.bench.saved.run import Saved
+from nsa_sel.bench.suite import cases
 from nsa_sel.config import SelConfig
 
 EVIL = 'rows-<script>alert("x")</script>|$x^2$&amp;'
@@ -37,13 +40,13 @@ def gpu_report(tmp_path_factory) -> Path:
             for name in ("median", "q1", "q3"):
                 entry["stats"][name] *= 1.5
     new = synthetic.save(data, folder / "0002_new.json")
-    assert report.main([str(new), str(old), "--out", str(folder / "out")]) == 0
+    assert report_command.main([str(new), str(old), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 
 def write(tmp_path: Path, data: dict, config: SelConfig = DEFAULTS) -> Path:
     path = synthetic.save(data, tmp_path / "0001_run.json")
-    report.write(path, None, tmp_path / "out", config)
+    report_command.write(path, None, tmp_path / "out", config)
     return tmp_path / "out"
 
 
@@ -123,18 +126,18 @@ def test_the_markdown_holds_the_same_lines(gpu_report):
     text = (gpu_report / "results.md").read_text()
     table = text.split("## All")[1]
     assert table.count("\n| ") == 1 + sum(len(c.methods) for c in cases.matrix("full"))
-    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {len(report.COLUMNS) + 1}
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {len(report_tables.COLUMNS) + 1}
 
 
 def test_core_and_op_speedups_are_not_mixed():
     case = HOT[0]
-    rows = {r["method"]: r for r in report.table(saved_of(synthetic.run([case])))}
+    rows = {r["method"]: r for r in report_tables.table(saved_of(synthetic.run([case])))}
     assert rows["triton"]["speedup"] == pytest.approx(3.0)
     assert rows["triton_core"]["speedup"] == pytest.approx(1.3)
 
 
 def saved_of(data: dict) -> Saved:
-    run = report.runs.from_entries("a/b.json", data["benchmarks"], data["machine_info"])
+    run = runs.from_entries("a/b.json", data["benchmarks"], data["machine_info"])
     extras = {(e["extra_info"]["case"], e["extra_info"]["method"]): e["extra_info"] for e in data["benchmarks"]}
     return Saved(run, extras, data["machine_info"], "")
 
@@ -165,9 +168,9 @@ def test_numbers_that_are_none_are_left_out(tmp_path):
 def test_a_cpu_run_renders_and_says_that_it_has_no_gpu_figures(tmp_path):
     out = write(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))
     page = Page((out / "report.html").read_text())
-    assert report.NO_GPU in page.text
+    assert report_command.NO_GPU in page.text
     assert "Wall-clock time" in page.text and "img" not in page.tags
-    assert report.NO_GPU in (out / "results.md").read_text()
+    assert report_command.NO_GPU in (out / "results.md").read_text()
     assert not (out / "speedup.svg").exists()
 
 
@@ -189,15 +192,15 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("entry, said", [(96, "on from L = 96"), (None, "says never")])
 def test_the_configured_threshold_is_shown(entry, said):
     config = SelConfig(sel_triton_min_L={"default": 64, synthetic.GPU: entry})
-    _, decided = report.judge(saved_of(synthetic.run(HOT)))
-    value, source = report.chosen_length(synthetic.GPU, decided, config)
+    _, decided = report_command.judge(saved_of(synthetic.run(HOT)))
+    value, source = report_command.chosen_length(synthetic.GPU, decided, config)
     assert value == entry and said in source
 
 
 def test_a_damaged_run_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
     path = tmp_path / "0001_broken.json"
     path.write_text('{"benchmarks": [')
-    assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert report_command.main([str(path), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "0001_broken.json" in line
     assert not (tmp_path / "out").exists()

@@ -11,12 +11,15 @@ import pytest
 import torch
 from sweep_fakes import BEST, DECODE, FEW, H200, MACHINE, MANY, MIXED, UNTUNED, FakeBench, FakeCompiler
 
-from nsa_sel.bench import cases, cli, sweep, sweep_run, sweep_space, sweep_table
-from nsa_sel.bench.cases import rows_case
-from nsa_sel.bench.methods import WrongResult
-from nsa_sel.bench.sweep_log import Log, Progress
-from nsa_sel.bench.sweep_run import DeviceLost, Sweep, SweepError
-from nsa_sel.bench.sweep_space import grid
+from nsa_sel.bench import cli
+from nsa_sel.bench.methods.contender import WrongResult
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import rows_case
+from nsa_sel.bench.tune import command as tune_command
+from nsa_sel.bench.tune import results, space, sweep
+from nsa_sel.bench.tune.log import Log, Progress
+from nsa_sel.bench.tune.space import grid
+from nsa_sel.bench.tune.sweep import DeviceLost, Sweep, SweepError
 from nsa_sel.kernel import tuned_table
 from nsa_sel.kernel.launch_config import LaunchConfig
 
@@ -52,7 +55,7 @@ def test_all_that_is_timed_was_compiled_and_checked_once(make):
     sweep_of = make(bench, FEW, MANY, compiler=compiler)
     sweep_of.run()
     assert set(bench.checked.values()) == {1}
-    assert {sweep_space.variant(case, launch) for case, launch in bench.sampled} == set(compiler.compiled)
+    assert {space.variant(case, launch) for case, launch in bench.sampled} == set(compiler.compiled)
     assert len(compiler.compiled) == len(set(compiler.compiled))
 
 
@@ -125,7 +128,7 @@ def test_an_interruption_costs_no_finished_measurement(make, tmp_path, share):
     undisturbed = FakeBench()
     (expected,) = make(undisturbed, FEW).run()
     total = sum(undisturbed.sampled.values())
-    before_finals = total - sweep_run.FINAL_TURNS * len(
+    before_finals = total - sweep.FINAL_TURNS * len(
         expected.ranked
     )  # a case's finals count when all its turns are done
     (tmp_path / "tune.jsonl").unlink()
@@ -164,11 +167,13 @@ def interpreted():
     device = pytest.importorskip("nsa_sel.kernel.device")
     if not device.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is not set")
-    from nsa_sel.bench import methods, sweep_gpu, timing
+    from nsa_sel.bench.methods import contender
+    from nsa_sel.bench.timer import timing
+    from nsa_sel.bench.tune import gpu
 
-    bench = object.__new__(sweep_gpu.GpuBench)  # its timer needs a GPU
+    bench = object.__new__(gpu.GpuSweepDevice)  # its timer needs a GPU
     bench.timer = timing.WallTimer()
-    bench.state = methods.CaseState(rows_case("bf16", "mixed", 4, 64, 64, 64, 8), bench.timer)
+    bench.state = contender.CaseState(rows_case("bf16", "mixed", 4, 64, 64, 64, 8), bench.timer)
     return bench
 
 
@@ -176,7 +181,7 @@ def test_a_launch_is_checked_against_the_oracle(interpreted, monkeypatch):
     launch = LaunchConfig("gather", 32, 64, 32, 2, 2, 2)
     interpreted.check(launch)
     assert len(interpreted.samples(launch, rounds=2, warmup=0)) == 2
-    monkeypatch.setattr("nsa_sel.bench.sweep_gpu.forward", lambda *tensors, out, **options: out)
+    monkeypatch.setattr("nsa_sel.bench.tune.gpu.forward", lambda *tensors, out, **options: out)
     with pytest.raises(WrongResult, match="not finite"):
         interpreted.check(launch)
 
@@ -192,7 +197,7 @@ def test_rows_outside_the_checked_ones_must_be_written_too(interpreted, monkeypa
         forward(*tensors, out=out, **options)
         out[-1] = float("nan")
 
-    monkeypatch.setattr("nsa_sel.bench.sweep_gpu.forward", all_but_the_last)
+    monkeypatch.setattr("nsa_sel.bench.tune.gpu.forward", all_but_the_last)
     with pytest.raises(WrongResult, match="never written"):
         interpreted.check(LaunchConfig("gather", 32, 64, 64, 2, 2))
 
@@ -200,11 +205,11 @@ def test_rows_outside_the_checked_ones_must_be_written_too(interpreted, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_small_sweep_on_a_gpu(tmp_path, monkeypatch):
     few = [UNTUNED, replace(UNTUNED, num_warps=2), replace(UNTUNED, load="whole", block_l=32)]
-    monkeypatch.setattr(sweep_space, "grid", lambda D, Dv, every_chunk: iter(few))
-    monkeypatch.setattr(sweep_space, "around", lambda launch: iter([replace(launch, block_dv=64)]))
-    monkeypatch.setenv("PYTHONPATH", str(Path(sweep.__file__).parents[2]))  # for the compiling processes
+    monkeypatch.setattr(space, "grid", lambda D, Dv, every_chunk: iter(few))
+    monkeypatch.setattr(space, "around", lambda launch: iter([replace(launch, block_dv=64)]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(tune_command.__file__).parents[3]))  # for the compiling processes
     table = tmp_path / "table.json"
-    assert sweep.main(["-k", MANY.id, "-k", "N1024", "--out", str(table), "--results", str(tmp_path)]) == 0
+    assert tune_command.main(["-k", MANY.id, "-k", "N1024", "--out", str(table), "--results", str(tmp_path)]) == 0
     (entry,) = tuned_table.read(table, torch.cuda.get_device_name()).entries.values()
     assert 1 < entry.figures["us"][MANY.id] < 1000
     assert "Never chosen" not in (tmp_path / "tune.md").read_text()
@@ -225,7 +230,7 @@ def test_without_a_gpu_it_refuses_and_writes_nothing(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("arguments", [["--top", "1"], ["-k", "no such case"], ["--family", "none"]])
 def test_bad_arguments_are_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        sweep.main(arguments)
+        tune_command.main(arguments)
     assert caught.value.code == 2
     assert "nsa-sel tune: error" in capsys.readouterr().err
 
@@ -240,7 +245,7 @@ def test_bad_arguments_are_exit_code_2(arguments, capsys):
     ],
 )
 def test_the_cases_that_arguments_mean(arguments, expected):
-    assert expected and sweep.select(sweep._parser().parse_args(arguments)) == expected
+    assert expected and tune_command.select(tune_command._parser().parse_args(arguments)) == expected
 
 
 @pytest.fixture
@@ -251,16 +256,16 @@ def tune(tmp_path, monkeypatch):
     tuned_table.forget()
 
     def tune(chosen, bench=None, *arguments):
-        args = sweep._parser().parse_args(["--results", str(tmp_path / "results"), *arguments])
+        args = tune_command._parser().parse_args(["--results", str(tmp_path / "results"), *arguments])
         quiet = Progress(io.StringIO())
-        return sweep.tune(args, chosen, H200, bench or FakeBench(), FakeCompiler(), quiet)
+        return tune_command.tune(args, chosen, H200, bench or FakeBench(), FakeCompiler(), quiet)
 
     yield tune
     tuned_table.forget()
 
 
 def lookup(case):
-    return tuned_table.lookup(sweep_space.call_of(case), H200)
+    return tuned_table.lookup(space.call_of(case), H200)
 
 
 def test_a_sweep_writes_what_the_run_time_reads(tune, tmp_path, capsys):
@@ -279,7 +284,7 @@ def test_the_lists_of_finalists(tune, tmp_path):
     bench.wrong = {LaunchConfig("gather", 16, 128, 128, 2, 3)}
     tune([FEW, MANY, MIXED], bench, "--top", "3")
     found = list(csv.DictReader((tmp_path / "results" / "tune.csv").read_text().splitlines()))
-    assert list(found[0]) == list(sweep_table.COLUMNS)
+    assert list(found[0]) == list(results.COLUMNS)
     assert [row["rank"] for row in found if row["span"] == "one"] == ["1", "2", "3", "4"]  # 3 and the untuned
     assert {row["launch"] for row in found if row["won"] == "yes"} == {str(BEST)}
     assert {row["launch"] for row in found if row["won"] == "untuned"} == {str(UNTUNED)}
@@ -325,10 +330,10 @@ def test_a_table_elsewhere_says_where_it_must_go(tune, tmp_path, capsys):
 
 
 def test_a_table_goes_where_it_will_be_read(tune, tmp_path, monkeypatch):
-    assert sweep.default_folder(H200.name) == tuned_table.PACKAGED
+    assert tune_command.default_folder(H200.name) == tuned_table.PACKAGED
     tuned_table.LOCAL.mkdir()
     (tuned_table.LOCAL / "NVIDIA_H200.json").write_text("")  # shadows the packaged one
-    assert sweep.default_folder(H200.name) == tuned_table.LOCAL
-    assert sweep.default_folder("NVIDIA L4") == tuned_table.PACKAGED
+    assert tune_command.default_folder(H200.name) == tuned_table.LOCAL
+    assert tune_command.default_folder("NVIDIA L4") == tuned_table.PACKAGED
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert sweep.default_folder("NVIDIA L4") == tuned_table.LOCAL
+    assert tune_command.default_folder("NVIDIA L4") == tuned_table.LOCAL

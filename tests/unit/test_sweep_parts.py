@@ -11,12 +11,13 @@ import pytest
 import torch
 from sweep_fakes import BEST, DECODE, FEW, H200, MACHINE, MANY, MIXED, RTX_4090, UNTUNED
 
-from nsa_sel.bench import cases, sweep_compile, sweep_space
-from nsa_sel.bench.cases import rows_case
-from nsa_sel.bench.inputs import make_inputs
-from nsa_sel.bench.sweep_log import Log, Progress, clock
-from nsa_sel.bench.sweep_space import Variant, around, grid, unfit
-from nsa_sel.bench.sweep_table import Ranked, Result, rank
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import rows_case
+from nsa_sel.bench.suite.inputs import make_inputs
+from nsa_sel.bench.tune import space, workers
+from nsa_sel.bench.tune.log import Log, Progress, clock
+from nsa_sel.bench.tune.results import Ranked, Result, rank
+from nsa_sel.bench.tune.space import Variant, around, grid, unfit
 from nsa_sel.kernel.launch_config import LaunchConfig
 from nsa_sel.kernel.tuned_table import Key
 
@@ -72,7 +73,7 @@ def test_the_pruner_says_why(launch, case, gpu, expected):
 )
 def test_the_estimate_of_registers_agrees_with_the_compiler(load, block_l, warps, spilled):
     launch = LaunchConfig(load, block_l, 128, 128, warps, 2)
-    assert (sweep_space.registers(launch, FEW) > sweep_space.REGISTERS) is (spilled > 1000)
+    assert (space.registers(launch, FEW) > space.REGISTERS) is (spilled > 1000)
 
 
 def test_the_grid_is_what_the_issue_lists():
@@ -95,12 +96,12 @@ def test_variations_include_chunks_stages_and_registers():
 
 def test_launches_that_differ_in_splits_alone_are_one_kernel():
     splits = [replace(UNTUNED, splits=n) for n in (1, 2, 4, 32)]
-    assert len({sweep_space.variant(DECODE, launch) for launch in splits}) == 2
+    assert len({space.variant(DECODE, launch) for launch in splits}) == 2
     clusters = [replace(UNTUNED, splits=n, cluster=cluster) for n in (8, 16, 64) for cluster in (2, 8)]
-    variants = {sweep_space.variant(DECODE, launch) for launch in clusters}
+    variants = {space.variant(DECODE, launch) for launch in clusters}
     assert {(variant.launch.splits, variant.launch.cluster) for variant in variants} == {(2, 2), (8, 8)}
-    assert sweep_space.variant(MANY, UNTUNED) == sweep_space.variant(MIXED, UNTUNED)
-    assert sweep_space.variant(MANY, UNTUNED) != sweep_space.variant(FEW, UNTUNED)
+    assert space.variant(MANY, UNTUNED) == space.variant(MIXED, UNTUNED)
+    assert space.variant(MANY, UNTUNED) != space.variant(FEW, UNTUNED)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.matrix("smoke") if c.layout != "few"][:6] + [DECODE], ids=str)
@@ -108,7 +109,7 @@ def test_a_case_is_tuned_under_the_key_that_its_call_is_looked_up_by(case):
     launch = pytest.importorskip("nsa_sel.kernel.launch")
     x = make_inputs(case, "cpu")
     called = Key.of(launch.call_of(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len), H200)
-    assert sweep_space.key(case, H200) == called
+    assert space.key(case, H200) == called
 
 
 # --- who wins ---
@@ -117,7 +118,7 @@ def test_a_case_is_tuned_under_the_key_that_its_call_is_looked_up_by(case):
 def result_of(times, untuned=UNTUNED, chosen=(FEW,)):
     measured = {launch: dict(zip((case.id for case in chosen), us, strict=True)) for launch, us in times.items()}
     ids = {case.id: untuned for case in chosen}
-    return Result(sweep_space.key(FEW, H200), tuple(chosen), tuple(rank(measured, chosen)), ids)
+    return Result(space.key(FEW, H200), tuple(chosen), tuple(rank(measured, chosen)), ids)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_cut_off_or_damaged_line_costs_itself_alone(tmp_path):
 
 def test_progress_tells_the_remaining_time(monkeypatch):
     now = iter([0.0, 10.0, 20.0, 40.0])
-    monkeypatch.setattr("nsa_sel.bench.sweep_log.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("nsa_sel.bench.tune.log.time.monotonic", lambda: next(now))
     out = io.StringIO()
     progress = Progress(out)
     progress.start("compiling", 3)
@@ -239,14 +240,14 @@ for line in sys.stdin:
 
 
 def test_a_worker_that_dies_or_hangs_costs_one_variant(monkeypatch):
-    monkeypatch.setattr(sweep_compile, "workers", lambda: 2)
+    monkeypatch.setattr(workers, "workers", lambda: 2)
     variants = [
         Variant("bf16", 1, 8, 128, 128, 1, replace(UNTUNED, block_l=block_l, num_warps=warps))
         for block_l in (16, 32, 64, 128, 256)
         for warps in (1, 2)
     ]
     finished = []
-    errors = sweep_compile.compile_all(
+    errors = workers.compile_all(
         variants, lambda: finished.append(1), command=(sys.executable, "-c", STAND_IN), limit_s=2.0
     )
     assert len(finished) == len(variants)
@@ -259,17 +260,26 @@ def test_a_worker_that_dies_or_hangs_costs_one_variant(monkeypatch):
 def test_an_interruption_leaves_no_worker_behind(monkeypatch):
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr(sweep_compile, "workers", lambda: 2)
-    monkeypatch.setattr(
-        sweep_compile.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
-    )
+    monkeypatch.setattr(workers, "workers", lambda: 2)
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
 
     def interrupt():
         raise KeyboardInterrupt
 
     variants = [Variant("bf16", 1, 8, 128, 128, 1, replace(UNTUNED, block_l=256, splits=n)) for n in range(1, 9)]
     with pytest.raises(KeyboardInterrupt):
-        sweep_compile.compile_all(variants, interrupt, command=(sys.executable, "-c", STAND_IN))
+        workers.compile_all(variants, interrupt, command=(sys.executable, "-c", STAND_IN))
+    assert started and all(process.wait(10) is not None for process in started)
+
+
+def test_a_limit_for_all_kernels_ends_the_workers(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(workers, "workers", lambda: 2)
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    hanging = [Variant("bf16", 1, 8, 128, 128, 1, replace(UNTUNED, block_l=32, splits=n)) for n in range(1, 5)]
+    with pytest.raises(TimeoutError, match="4 kernels were not compiled in 1 s"):
+        workers.compile_all(hanging, lambda: None, command=(sys.executable, "-c", STAND_IN), total_s=1.0)
     assert started and all(process.wait(10) is not None for process in started)
 
 
@@ -277,7 +287,7 @@ def test_the_worker_answers_a_line_with_a_line():
     variant = Variant("bf16", 1, 8, 128, 128, 8, UNTUNED)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        sweep_compile.COMMAND,
+        workers.COMMAND,
         input=json.dumps(asdict(variant)) + "\n",
         capture_output=True,
         text=True,

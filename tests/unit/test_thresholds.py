@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from nsa_sel.bench import cases, decision, thresholds
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.thresholds import Decision, Saved, ThresholdError
+from nsa_sel.bench import tables
+from nsa_sel.bench.saved.run import Saved
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.threshold import command as threshold_command
+from nsa_sel.bench.threshold import rule
+from nsa_sel.bench.threshold import write as write_threshold
+from nsa_sel.bench.threshold.rule import Decision, ThresholdError
 from nsa_sel.config import SelConfig
 
 
@@ -37,10 +42,10 @@ pytestmark = pytest.mark.usefixtures("thin_matrix")
 
 def decide(tmp_path: Path, *documents: dict) -> Decision:
     paths = [synthetic.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
-    return thresholds.decide([Saved.load(path) for path in paths])
+    return rule.decide([Saved.load(path) for path in paths])
 
 
-def of(decided: Decision, regime: str, launch: str = "eager", dtype: str = "bf16") -> thresholds.Threshold:
+def of(decided: Decision, regime: str, launch: str = "eager", dtype: str = "bf16") -> rule.Threshold:
     (found,) = [t for t in decided.thresholds if (t.regime, t.launch, t.dtype) == (regime, launch, dtype)]
     return found
 
@@ -65,7 +70,7 @@ def test_monotone_speedups_give_the_first_length_that_is_fast(tmp_path):
 
 def test_every_length_fast_gives_the_shortest_tested_length(tmp_path):
     decided = decide(tmp_path, synthetic.run(FULL))
-    assert [of(decided, regime).min_L for regime in thresholds.REGIMES] == [16, 128, 512]
+    assert [of(decided, regime).min_L for regime in rule.REGIMES] == [16, 128, 512]
     assert decided.min_L == 16  # prefill, tested from 512 on, forbids nothing below
 
 
@@ -121,7 +126,7 @@ def test_a_missing_case_never_passes(tmp_path):
     decided = decide(tmp_path, synthetic.run(FULL, without=op_keys(lost)))
     assert of(decided, "prefill").min_L is None
     assert decided.min_L is None
-    assert f"{lost.id}: missing from every run" in decision.as_text(decided)
+    assert f"{lost.id}: missing from every run" in write_threshold.as_text(decided)
 
 
 def test_a_case_without_parity_or_call_time_never_passes(tmp_path):
@@ -181,7 +186,7 @@ def test_eager_decides_and_each_launch_has_its_own_answer(tmp_path):
 def test_the_largest_regime_is_switched_on(tmp_path):
     slow = lambda c, kind: 1.0 if (c.family, c.L) in (("rows", 16), ("prefill", 512)) else 3.0  # noqa: E731
     decided = decide(tmp_path, synthetic.run(FULL, slow))
-    assert [of(decided, regime).min_L for regime in thresholds.REGIMES] == [32, 128, 1024]
+    assert [of(decided, regime).min_L for regime in rule.REGIMES] == [32, 128, 1024]
     assert decided.min_L == 1024
 
 
@@ -203,7 +208,7 @@ def test_the_real_matrix_in_the_real_size(tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = cases.matrix("full")
     decided = decide(tmp_path, synthetic.run(whole, slow_up_to(32)))
-    assert len(whole) == sum(len(of(decided, regime).verdicts) for regime in thresholds.REGIMES)
+    assert len(whole) == sum(len(of(decided, regime).verdicts) for regime in rule.REGIMES)
     assert decided.min_L == 64
     assert decide(tmp_path, synthetic.run(FULL)).min_L is None  # a sixth of it proves nothing
 
@@ -231,7 +236,7 @@ def test_a_run_without_a_gpu_is_refused(tmp_path):
 def test_damaged_json_ends_in_one_line_and_exit_code_2(tmp_path, capsys, content):
     path = tmp_path / "0001_broken.json"
     path.write_text(content)
-    assert thresholds.main([str(path)]) == 2
+    assert threshold_command.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "0001_broken.json" in line
 
@@ -246,8 +251,9 @@ def files(tmp_path, monkeypatch) -> tuple[Path, Path]:
     config, prd = tmp_path / "configs" / "base.yaml", tmp_path / "PRD.md"
     config.parent.mkdir()
     config.write_text(CONFIG)
-    head, rest = (REPOSITORY / "PRD.md").read_text().split(decision.BEGIN)
-    prd.write_text(f"{head}{decision.BEGIN}\nNo measured GPU yet.\n{decision.END}{rest.split(decision.END)[1]}")
+    head, rest = (REPOSITORY / "PRD.md").read_text().split(write_threshold.BEGIN)
+    tail = rest.split(write_threshold.END)[1]
+    prd.write_text(f"{head}{write_threshold.BEGIN}\nNo measured GPU yet.\n{write_threshold.END}{tail}")
     monkeypatch.chdir(tmp_path)
     return config, prd
 
@@ -266,7 +272,7 @@ runtime:
 
 def apply(tmp_path: Path, *documents: dict) -> int:
     paths = [synthetic.save(data, tmp_path / "runs" / f"000{at}_run.json") for at, data in enumerate(documents)]
-    return thresholds.main([*map(str, paths), "--apply"])
+    return threshold_command.main([*map(str, paths), "--apply"])
 
 
 def test_apply_adds_one_entry_and_keeps_comments_and_order(files, tmp_path):
@@ -329,7 +335,7 @@ def test_apply_writes_through_a_link(files, tmp_path):
     link = tmp_path / "packaged.yaml"
     link.symlink_to(config)
     path = synthetic.save(synthetic.run(FULL), tmp_path / "0001_run.json")
-    assert thresholds.main([str(path), "--apply", "--config", str(link)]) == 0
+    assert threshold_command.main([str(path), "--apply", "--config", str(link)]) == 0
     assert link.is_symlink()
     assert SelConfig.load(config, env={}).has_entry(synthetic.GPU)
 
@@ -363,7 +369,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
-        decision.replace_file(path, "new")
+        tables.replace_file(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,19 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel.bench import cases, compiled, methods, precompile, summary, timing
-from nsa_sel.bench.calibration import calibrate, limit_us
-from nsa_sel.bench.cases import Case
-from nsa_sel.bench.inputs import make_inputs
-from nsa_sel.bench.machine import environment
-from nsa_sel.bench.measure import Bench, is_planted
-from nsa_sel.bench.methods import CaseState, NotTimed, Prepared, WrongResult
-from nsa_sel.bench.timing import WallTimer, median_ci, plan
+from nsa_sel.bench import precompile
+from nsa_sel.bench.methods import compiled, contender, prepare
+from nsa_sel.bench.methods.contender import CaseState, NotTimed, Prepared, WrongResult
+from nsa_sel.bench.report import screen
+from nsa_sel.bench.session import Session, is_planted
+from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.timer import timing
+from nsa_sel.bench.timer.calibration import calibrate, limit_us
+from nsa_sel.bench.timer.machine import environment
+from nsa_sel.bench.timer.timing import WallTimer, median_ci, plan
+from nsa_sel.bench.tune.space import Variant
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
 
@@ -87,7 +93,7 @@ def test_calibration_is_part_of_the_environment():
 def test_the_streaming_kernel_reads_every_element_and_writes_nothing_for_zeros():
     script = """
 import torch
-from nsa_sel.bench import streaming
+from nsa_sel.bench.timer import streaming
 for n in (3 * 4096, 1000):
     x, out = torch.zeros(n, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     for at in (None, 0, n // 2, n - 1):
@@ -108,7 +114,7 @@ for n in (3 * 4096, 1000):
 def cpu_bench(monkeypatch):
     environment()  # kept for the process: it must not be read first where the GPU is hidden
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    return Bench()
+    return Session()
 
 
 def test_a_measurement_says_what_ran_and_has_every_pinned_key(cpu_bench):
@@ -135,12 +141,12 @@ def test_both_references_pass_the_gate_and_a_wrong_row_fails_it(family):
     case = SMALL if family == "rows" else Case("ragged", "bf16", "few", 4, 64, 64, 64, 8)
     state = CaseState(case, WallTimer())
     for method in ("packed_sdpa", "sdpa_core"):
-        assert methods.check(state, methods.prepare(state, method)) < 1e-3
-    right = methods.prepare(state, "packed_sdpa")
+        assert contender.check(state, prepare.prepare(state, method)) < 1e-3
+    right = prepare.prepare(state, "packed_sdpa")
     row = state.expected[0][3:4]
     wrong = Prepared(lambda: right.call().index_fill(0, row, 0.0), right.result)
     with pytest.raises(WrongResult, match=case.id):
-        methods.check(state, wrong)
+        contender.check(state, wrong)
 
 
 def test_the_core_opponent_gets_its_mask_ready_to_be_added_and_aligned():
@@ -182,19 +188,38 @@ def test_every_kernel_of_a_run_is_compiled_once_ahead_of_it(monkeypatch):
         for N in (8, 16)
     ]
     pairs = [(case, method) for case in tiny for method in case.methods]
-    jobs = precompile.distinct(pairs, "cpu")
-    assert 2 <= len(jobs) < len(tiny) * 2
-    assert {case.N for case, _ in jobs} == {8}  # the one with the least memory
-    assert jobs == precompile.distinct([(case, "triton_core" if core else "triton") for case, core in jobs], "cpu")
+    kernels = precompile.distinct(pairs, "cpu")
+    assert 2 <= len(kernels) < len(tiny) * 2 and len(kernels) == len(set(kernels))
+    assert {kernel.n_spans for kernel in kernels} == {1, 8}
+    assert {kernel.n_spans for kernel in precompile.distinct([(tiny[-1], "triton_core")], "cpu")} == {1}
     assert precompile.distinct([(case, "packed_sdpa") for case in tiny], "cpu") == []
+
+
+def kernel(warps: int, stages: int) -> Variant:
+    return Variant("bf16", 1, 4, 64, 64, 1, LaunchConfig("gather", 16, 64, 64, warps, stages))
+
+
+KERNELS = [kernel(warps, stages) for warps in (1, 2, 4) for stages in (1, 2)]
 
 
 def test_a_kernel_that_cannot_be_compiled_ahead_is_left_to_its_benchmark(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(precompile, "distinct", lambda *arguments: [(SMALL, False)] * (precompile.PROBES + 1))
-    monkeypatch.setattr(precompile, "blank", lambda *arguments: make_inputs(SMALL, "meta"))
-    monkeypatch.setattr(precompile, "MOST_WORKERS", 1)
-    assert precompile.compile_kernels([]).startswith("0 of 5 kernels compiled in ")
+    monkeypatch.setattr(precompile, "distinct", lambda *arguments: KERNELS)
+    monkeypatch.setattr(precompile, "seconds_to_build", lambda kernel: None)
+    monkeypatch.setattr(precompile.workers, "workers", lambda: 1)
+    monkeypatch.setattr(precompile.workers, "compile_all", lambda kernels, finished, total_s: {kernels[0]: "no room"})
+    assert re.fullmatch(r"5 of 6 kernels compiled in \d+ s by 1 processes", precompile.compile_kernels([]))
+
+
+def test_kernels_that_take_too_long_are_left_to_the_run(monkeypatch):
+    def late(kernels, finished, total_s):
+        raise TimeoutError
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(precompile, "distinct", lambda *arguments: KERNELS)
+    monkeypatch.setattr(precompile, "seconds_to_build", lambda kernel: None)
+    monkeypatch.setattr(precompile.workers, "compile_all", late)
+    assert precompile.compile_kernels([]).startswith("6 kernels were not compiled in 150 s")
 
 
 def test_one_case_is_held_at_a_time(cpu_bench):
@@ -223,26 +248,25 @@ def test_summary_compares_with_the_fastest_sdpa_form_of_the_same_scope():
         *(result(fast, m, us) for m, us in [("triton_core", 10.0), ("sdpa_core", 15.0)]),
         *(result(slow, m, us) for m, us in [("triton", 10.0), ("packed_sdpa", 90.0), ("triton_core", 20.0)]),
     ]
-    ratios = {(s.case, s.scope): s.ratio for s in summary.speedups(results)}
+    ratios = {(s.case, s.scope): s.ratio for s in screen.speedups(results)}
     assert ratios == {(fast.id, "op"): 4.0, (fast.id, "core"): 1.5, (slow.id, "op"): 9.0}
-    lines = summary.screen(results)
+    lines = screen.screen(results)
     assert lines[1].split() == ["rows", "few", "2", "6.00", "1.50", "100", "50", "%"]
     assert any(line.startswith(" 1.50x core") and fast.id in line for line in lines)
-    assert len(summary.aligned(summary.table(results))) == len(results) + 1
+    assert len(screen.aligned(screen.table(results))) == len(results) + 1
 
 
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        ("measure.calibrate = fail", "the instrument cannot be calibrated"),
-        ("methods.check = fail; measure.Bench.lost = lambda self: True", "the GPU no longer answers"),
+        ("session.calibrate = fail", "the instrument cannot be calibrated"),
+        ("contender.check = fail; session.Session.lost = lambda self: True", "the GPU no longer answers"),
     ],
     ids=["no calibration", "GPU lost"],
 )
 def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said):
-    (tmp_path / "broken.py").write_text(
-        f"from nsa_sel.bench import measure, methods\ndef fail(*_): raise RuntimeError('out of order')\n{broken}\n"
-    )
+    imports = "from nsa_sel.bench import session; from nsa_sel.bench.methods import contender"
+    (tmp_path / "broken.py").write_text(f"{imports}\ndef fail(*_): raise RuntimeError('out of order')\n{broken}\n")
     root = Path(nsa_sel.__file__).parents[2]
     command = [
         sys.executable,

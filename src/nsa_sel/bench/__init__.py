@@ -1,1 +1,0 @@
-"""Measure the selection kernel: cases, inputs, timing, comparison and report."""

@@ -1,7 +1,4 @@
-"""The command `nsa-sel VERB`; with no verb, describe machine, versions, toggles and routing.
-
-Source: issue 2, "Routing and toggles".
-"""
+"""The command `nsa-sel VERB`; with no verb, describe machine, versions, toggles and routing."""
 
 from __future__ import annotations
 
@@ -14,16 +11,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import nsa_sel
-from nsa_sel.bench import machine
-from nsa_sel.config import ConfigError, SelConfig
+from .. import Route, __version__, choose_route
+from ..config import ConfigError, SelConfig
+from .timer import machine
 
-# Imported only when asked for: `report` needs pandas and matplotlib, which a plain install does not have.
+# A verb's module is imported only when asked for: `report` needs matplotlib, which a plain install does not have.
 VERBS = {
-    "compare": ("nsa_sel.bench.regress", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
-    "report": ("nsa_sel.bench.report", "tables and pictures from saved runs"),
-    "tune": ("nsa_sel.bench.sweep", "which tiles, splits and warps are fastest here; writes the table that is used"),
-    "threshold": ("nsa_sel.bench.thresholds", "the length L from which Triton is safe to switch on here"),
+    verb: (f"{__package__}.{verb}.command", meaning)
+    for verb, meaning in (
+        ("compare", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
+        ("report", "tables and pictures from saved runs"),
+        ("tune", "which tiles, splits and warps are fastest here; writes the table that is used"),
+        ("threshold", "the length L from which Triton is safe to switch on here"),
+    )
 }
 EXAMPLE_LENGTHS = (16, 64, 256, 1024)
 
@@ -54,7 +54,7 @@ def describe(config: SelConfig) -> Iterator[str]:
         yield "  GPU     none that torch can use"
     versions = machine.environment()
     yield "Versions"
-    yield f"  nsa_sel {nsa_sel.__version__}, python {platform.python_version()}"
+    yield f"  nsa_sel {__version__}, python {platform.python_version()}"
     yield f"  torch   {torch.__version__}, triton {versions['triton'] or 'none'}"
     yield f"  CUDA    {versions['cuda'] or 'none in this torch'}, driver {versions['driver'] or 'none'}"
     yield "Toggles"
@@ -66,11 +66,11 @@ def describe(config: SelConfig) -> Iterator[str]:
         yield f"  L={length:<5} {route.backend:<12} {route.reason}"
 
 
-def _auto_route(length: int, device: str, config: SelConfig) -> nsa_sel.Route:
+def _auto_route(length: int, device: str, config: SelConfig) -> Route:
     q = torch.zeros(1, 1, 1, 8, 128, dtype=torch.bfloat16, device=device)
     kv = torch.zeros(1, 1, length, 128, dtype=torch.bfloat16, device=device)
     ranges = torch.tensor([0, length], device=device).view(1, 1, 1, 1, 2)
-    return nsa_sel.choose_route(q, kv, kv, ranges, config=config, min_len=length, max_len=length)
+    return choose_route(q, kv, kv, ranges, config=config, min_len=length, max_len=length)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,5 +82,5 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", nargs="?", choices=list(VERBS), metavar="VERB", help="see below")
-    parser.add_argument("--version", action="version", version=nsa_sel.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     return parser

@@ -1,0 +1,173 @@
+"""Compile the kernel without a GPU for every supported architecture, and show registers, spills and shared memory.
+
+    python -m nsa_sel.bench.checks.aot               what `rules.choose` can return, as far as `every_variant` says
+    python -m nsa_sel.bench.checks.aot --sample      about a hundred kernels, in a minute or two
+
+Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, and where a launch
+for a shape of the perf matrix spills registers. Needs Triton >= 3.4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..suite.inputs import TORCH_DTYPES
+from .variants import ARCHITECTURES, Variant, every_variant, sample
+
+
+@dataclass(frozen=True)
+class Build:
+    """What came of compiling a variant: an error, or registers per thread, spilled bytes and shared bytes."""
+
+    variant: Variant
+    seconds: float
+    error: str | None = None
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+
+    @property
+    def problem(self) -> str | None:
+        """Say why this build fails the check; None if it does not."""
+        limit = ARCHITECTURES[self.variant.arch][0].shared_bytes
+        if self.error is not None:
+            return self.error
+        if self.shared_bytes > limit:
+            return f"{self.shared_bytes} bytes of shared memory, the architecture has {limit}"
+        if self.spill_bytes and self.variant.in_matrix and not ARCHITECTURES[self.variant.arch][0].has_tma:
+            return f"spills {self.spill_bytes} bytes at a shape of the matrix"
+        return None
+
+
+def build(variant: Variant) -> Build:
+    """Compile a variant, with the arguments that the launcher passes and types as its binder derives them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    start = time.perf_counter()
+    # ptxas runs whatever the cache holds, and Triton prints what it says of the registers.
+    os.environ.update(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1")
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        try:
+            source, options = _source(variant)
+            compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+        except Exception as error:  # whatever the compiler raises is the result
+            message = f"{type(error).__name__}: {error}"
+            return Build(variant, time.perf_counter() - start, message)
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if registers is None or spills is None:
+        return Build(variant, time.perf_counter() - start, f"ptxas does not tell the registers:\n{log.getvalue()}")
+    return Build(
+        variant,
+        time.perf_counter() - start,
+        registers=int(registers[1]),
+        spill_bytes=int(spills[1]) + int(spills[2]),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _source(variant: Variant) -> tuple:
+    """Return what `triton.compile` takes: the kernel with its signature, and the options."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    from ...kernel.device import descriptor
+    from ...kernel.forward import _sel_fwd
+    from ...kernel.launch import Plan
+
+    H, D, Dv, config, tensors = variant.H, variant.D, variant.Dv, variant.config, variant.tensors
+    dtype = TORCH_DTYPES[variant.dtype]
+    S_kv = 2**30 if tensors == "many tokens" else 4096
+    odd = int(tensors == "odd strides")
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = tensor(1, 2, 1, H, D + odd), tensor(1, 1, S_kv, D + odd), tensor(1, 1, S_kv, Dv + odd)
+    q, k, v = q[..., :D], k[..., :D], v[..., :Dv]
+    ranges = tensor(1, 2, 1, variant.n_spans, 2, dtype=torch.int64 if tensors == "int64 ranges" else torch.int32)
+    lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
+    parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
+    counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
+    plan = Plan(q, k, v, ranges, None, None, None, config)
+    descriptors = [None, None]
+    if plan.tma:
+        blocks = (k, config.block_d), (v, config.block_dv)
+        descriptors = [descriptor(x, config.block_l, width) for x, width in blocks]
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.in_order())
+
+    signature, constants, attributes = {}, {}, {}
+    for param, value in zip(_sel_fwd.params, arguments, strict=True):
+        if param.is_constexpr or value is None:
+            signature[param.name] = "constexpr"
+            constants[(param.num,)] = value
+        elif param.annotation_type:
+            signature[param.name] = param.annotation_type
+        else:
+            signature[param.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) and not odd:
+                attributes[(param.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(_sel_fwd, signature, constants, attributes), plan.options
+
+
+def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:
+    """Compile in `jobs` processes, and yield each build when it is done."""
+    # The interpreter is chosen when triton is imported: not in these processes.
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            running: dict[Future, Variant] = {pool.submit(build, variant): variant for variant in variants}
+            for done in as_completed(list(running)):
+                suspects = list(running.values())[:jobs]  # they are begun in this order
+                variant = running.pop(done)
+                try:
+                    yield done.result()
+                except BrokenProcessPool:
+                    crash = "the compiler crashed on one of: " + ", ".join(str(suspect) for suspect in suspects)
+                    yield Build(variant, 0.0, crash)
+                    return
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print one line per variant, and return 1 if one has a problem."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true", help="compile the sample only")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="compile for this one only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    args = parser.parse_args(argv)
+    variants = [v for v in (sample() if args.sample else every_variant()) if v.arch in (args.arch or ARCHITECTURES)]
+    builds = []
+    for done in build_all(variants, args.jobs):
+        builds.append(done)
+        if args.json:
+            print(json.dumps({**asdict(done), "id": str(done.variant), "problem": done.problem}), flush=True)
+        else:
+            figures = f"{done.registers:3} registers, {done.spill_bytes:4} spilled, {done.shared_bytes:6} bytes shared"
+            print(f"{done.variant}: {figures}{f'  FAILS: {done.problem}' if done.problem else ''}", flush=True)
+    failed = [done for done in builds if done.problem]
+    spilling = sum(done.spill_bytes > 0 for done in builds)
+    summary = f"{len(builds)} of {len(variants)} kernels compiled: {len(failed)} fail, {spilling} spill registers"
+    print(summary, file=sys.stderr if args.json else sys.stdout)
+    return int(bool(failed) or len(builds) < len(variants))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The methods made ready for a case: what each one calls, and in which context.
+
+Source: docs/measuring.md, "Scopes".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ... import selection_attention, spans
+from ...errors import KernelFailed, UnsupportedError
+from ..suite.cases import PEER_METHODS, TRITON_METHODS
+from ..suite.inputs import Inputs, memory_estimate
+from . import compiled, peers
+from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, within
+
+
+def prepare(state: CaseState, method: str) -> Prepared:
+    """Return the method ready for timing, not yet checked.
+
+    Raises:
+        NotTimed: it cannot run here; the message says why.
+    """
+    if method in TRITON_METHODS:
+        return _triton(state, core=method == "triton_core")
+    if method in PEER_METHODS:
+        return peers.prepare(state, method)
+    if state.case.peers:  # elsewhere the case is not begun unless packing fits
+        state.require(memory_estimate(state.case))
+    rows = functools.partial(as_rows, state.case)
+    if method == "sdpa_core":
+        return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, within(state.core_backend))
+    if method == "packed_sdpa":
+        call = _operation(state.inputs, "packed_sdpa")
+        return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, within(state.sdpa_backend))
+    if method != "packed_sdpa_compiled":
+        raise ValueError(f"method: value is {method!r}, expected one of {', '.join(state.case.methods)}")
+    if state.device == "cpu":
+        raise NotTimed("no GPU")
+    guard = within(state.sdpa_backend)
+    try:
+        with guard():
+            build = compiled.choose(state.case, state.inputs, state.sdpa_backend, state.timer)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler may fail in any way; the other methods go on
+        reason = f"torch.compile failed: {type(error).__name__}: {str(error).strip()}"
+        raise NotTimed(" ".join(reason.split())[:300]) from error
+    return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, guard)
+
+
+def _triton(state: CaseState, core: bool) -> Prepared:
+    if state.device == "cpu":
+        raise NotTimed("no GPU")
+    from ...kernel import launch  # needs Triton
+
+    x = _packed_as_inputs(state) if core else state.inputs
+    if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
+        raise NotTimed(reason)
+    call = _operation(x, "triton")
+    before = launch.launch_count()
+    try:
+        call()
+    except KernelFailed:  # a kernel that does not compile is a failure, not a case to skip
+        raise
+    except UnsupportedError as error:  # a toggle forbids it
+        raise NotTimed(str(error)) from error
+    if launch.launch_count() == before:
+        raise WrongResult(f"{state.case.id}: the kernel did not run")
+    config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+    return Prepared(call, functools.partial(as_rows, state.case), {"config": str(config)})
+
+
+def _operation(x: Inputs, backend: str) -> Callable[[], Tensor]:
+    return functools.partial(
+        selection_attention, x.q, x.k, x.v, x.ranges, backend=backend, min_len=x.min_len, max_len=x.max_len
+    )
+
+
+def _packed_as_inputs(state: CaseState) -> Inputs:
+    """Present the packed rows, the very tensors that SDPA reads, as rows of one span (0, L) each."""
+    q_rows, k_rows, v_rows, valid = state.packed
+    q, k, v, ranges = spans.dense_rows(q_rows, k_rows, v_rows)
+    if valid is not None:
+        ranges[..., 1] = valid.sum(-1).view(-1, 1, 1, 1)
+    return Inputs(q, k, v, ranges, state.inputs.min_len, state.inputs.max_len)

@@ -1,0 +1,99 @@
+"""Turn a saved run into files that people look at: CSV, Markdown, and one page that opens from disk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...config import ConfigError, SelConfig
+from ..compare.rule import compare
+from ..saved.run import RunError, Saved, gpu_name, load
+from ..tables import replace_file
+from ..threshold.rule import Decision, ThresholdError, decide
+from ..threshold.write import sentence
+from . import page, plots, tables
+
+NO_GPU = "This run has no GPU figures: only the references were timed, on the CPU, and no threshold follows from it."
+
+
+def judge(saved: Saved) -> tuple[str, Decision | None]:
+    """Return the verdict in one sentence, and the decision behind it; None without GPU figures.
+
+    Raises: ThresholdError as `decide`.
+    """
+    if saved.run.gpu == gpu_name(None):
+        return NO_GPU, None
+    decided = decide([saved])
+    return sentence(decided), decided
+
+
+def write(run: Path, baseline: Path | None, out: Path, config: SelConfig) -> list[Path]:
+    """Write report.html, results.csv, results.md and the speed-up plot of a run to a folder; return the files.
+
+    Raises: RunError or ThresholdError if a run cannot be read or judged; ImportError without the plotting library.
+    """
+    saved = Saved.load(run)
+    compared = None if baseline is None else compare(load(baseline), saved.run)
+    rows = tables.table(saved)
+    verdict, decided = judge(saved)
+    chosen, source = chosen_length(saved.run.gpu, decided, config)
+    # Without a GPU there is nothing to plot; a case without a length has no place on an axis.
+    drawn = [r for r in rows if r["L"] and r["N"]] if decided else []
+    pictures = {
+        "speedup": plots.speedup_by_length(drawn, chosen),
+        "bytes": plots.time_by_bytes(drawn, tables.read_limit(saved.machine)),
+        "decode": plots.decode_times(drawn),
+        "prefill": plots.prefill_times(drawn),
+    }
+    beside, notes = tables.peers(run, saved)
+    heading = f"nsa_sel on {saved.run.gpu}, {saved.run.datetime[:10] or 'undated'}"
+    texts = {
+        "report.html": page.render(heading, verdict, source, saved, decided, rows, pictures, compared, beside, notes),
+        "results.csv": tables.csv_text(rows),
+        "results.md": tables.markdown_text(heading, verdict, rows, beside, notes),
+    }
+    if pictures["speedup"]:
+        texts["speedup.svg"] = pictures["speedup"]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        replace_file(out / name, text)
+    return [out / name for name in texts]
+
+
+def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tuple[int | None, str]:
+    """Return the threshold to draw, and where it comes from: the configuration's entry for this GPU, else this run."""
+    if decided is None:
+        return None, ""
+    if config.has_entry(gpu):
+        value = config.min_len_for(gpu)
+        said = f"The configuration switches Triton on from L = {value}." if value else "The configuration says never."
+        return value, said
+    return (
+        decided.min_L,
+        "The configuration has no entry for this GPU yet: nsa-sel threshold RUN.json … --apply writes it.",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nsa-sel report`: 0, or 2 if a run cannot be read or the plotting library is missing."""
+    parser = argparse.ArgumentParser(prog="nsa-sel report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN.json")
+    parser.add_argument(
+        "baseline", type=Path, nargs="?", metavar="BASELINE.json", help="say what changed since this run"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files, made if missing")
+    args = parser.parse_args(argv)
+    try:
+        for path in write(args.run, args.baseline, args.out, SelConfig.load(env={})):
+            print(path)
+    except (RunError, ThresholdError, ConfigError, OSError) as error:
+        print(f"nsa-sel report: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(
+            f"nsa-sel report: needs {error.name}, of the extra `bench`: pip install 'nsa-sel[bench]'", file=sys.stderr
+        )
+        return 2
+    return 0

@@ -1,0 +1,189 @@
+"""What a measuring run says at its end: speed-ups that fit a screen, and the whole table on request."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..saved.speedups import SDPA_FORMS, TRITON, fastest_sdpa, geomean
+from ..suite.cases import PEER_METHODS
+
+WORST_SHOWN = 10
+COLUMNS = (
+    *("case", "method", "time_us", "ci95_us", "speedup"),
+    *("gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran"),
+)
+OTHER_WORK = "dense"  # attends to the whole context: there for scale, and no rival
+Reasons = Mapping[tuple[str, str], str]  # (case, method) -> why it has no time
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Hold one comparison: Triton's time and that of the fastest SDPA form of the same scope, in µs."""
+
+    case: str
+    family: str
+    layout: str
+    scope: str
+    triton_us: float
+    sdpa_us: float
+    sdpa: str
+
+    @property
+    def ratio(self) -> float:
+        return self.sdpa_us / self.triton_us
+
+
+def by_case(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Group results (extra_info plus `device_us`) by case and method, in the order in which they were measured."""
+    grouped: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for result in results:
+        grouped[result["case"]][result["method"]] = result
+    return dict(grouped)
+
+
+def speedups(results: Sequence[Mapping[str, Any]]) -> list[Speedup]:
+    """Compare Triton with the fastest SDPA form of the same scope, in every case that has both."""
+    best = fastest_sdpa(results)
+    found = []
+    for ours in results:
+        rival = best.get((ours["case"], ours["scope"]))
+        if ours["method"] == TRITON[ours["scope"]] and rival is not None:
+            name = f"{rival['method']} ({rival['sdpa_backend']})"
+            times = ours["device_us"], rival["device_us"]
+            found.append(Speedup(ours["case"], ours["family"], ours["layout"], ours["scope"], *times, name))
+    return found
+
+
+def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the summary: a line per family and layout, the ten worst cases, and what was measured on."""
+    if not results:
+        return ["nothing was timed"]
+    grouped = by_case(results)
+    compared = speedups(results)
+    head = f"{'family':<9}{'layout':<8}{'cases':>6}{'op x':>8}{'core x':>8}{'GB/s':>8}{'of limit':>10}"
+    lines = [f"{head}   geomeans; op x: fastest SDPA form / triton, GB/s and limit: triton"]
+    groups = dict.fromkeys((timed["family"], timed["layout"]) for timed in results)
+    for family, layout in groups:
+        members = [timed for timed in grouped.values() if _is(timed, family, layout)]
+        ratios = {
+            scope: geomean(s.ratio for s in compared if (s.family, s.layout, s.scope) == (family, layout, scope))
+            for scope in TRITON
+        }
+        shown = [timed["triton"] for timed in members if "triton" in timed]
+        rate = geomean(result["gbps"] for result in shown)
+        share = geomean(result["pct_of_limit"] for result in shown if result["pct_of_limit"] is not None)
+        speed = f"{_number(ratios['op'], '.2f'):>8}{_number(ratios['core'], '.2f'):>8}"
+        memory = f"{_number(rate, '.0f'):>8}{_number(share, '.0f', ' %'):>10}"
+        lines.append(f"{family:<9}{layout:<8}{len(members):>6}{speed}{memory}")
+    if compared:
+        lines += ["", "worst cases"]
+        for s in sorted(compared, key=lambda s: s.ratio)[:WORST_SHOWN]:
+            lines.append(f"{s.ratio:5.2f}x {s.scope:<5}{s.case}: {s.triton_us:.1f} µs, {s.sdpa} {s.sdpa_us:.1f} µs")
+    first = results[0]
+    lines += ["", f"{len(grouped)} cases, {len(results)} benchmarks on {first['gpu'] or 'the CPU, by the wall clock'}"]
+    return lines
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return every benchmark as text cells under COLUMNS; the speed-up is over the fastest SDPA form of its scope."""
+    best = fastest_sdpa(results)
+    rows = []
+    for result in results:
+        base = best.get((result["case"], result["scope"]))
+        low, high = result["ci95_us"]
+        rows.append(
+            {
+                "case": result["case"],
+                "method": result["method"],
+                "time_us": f"{result['device_us']:.2f}",
+                "ci95_us": f"{low:.2f}..{high:.2f}",
+                "speedup": _number(base["device_us"] / result["device_us"] if base else None, ".2f"),
+                "gbps": f"{result['gbps']:.0f}",
+                "pct_of_limit": _number(result["pct_of_limit"], ".0f"),
+                "call_us": _number(result["call_us"], ".1f"),
+                "graph_us": _number(result["graph_us"], ".1f"),
+                "mae": f"{result['mae']:.2g}",
+                "ran": str(result.get("config") or result.get("sdpa_backend")),
+            }
+        )
+    return rows
+
+
+def peers(results: Iterable[Mapping[str, Any]], not_timed: Reasons) -> tuple[list[list[str]], list[str]]:
+    """Return the table of peers, its heading first, and notes on it; both empty if none was asked for.
+
+    A cell is the device time in µs and how many times Triton's it is; "wrong" or "n/a" where there is none, with the
+    number of the note that says why. The notes begin with every peer that is faster than Triton.
+    """
+    results = list(results)
+    times = _times(results)
+    asked = dict.fromkeys(case for case, method in (*times, *not_timed) if method in PEER_METHODS)
+    methods = ("triton", *PEER_METHODS, *SDPA_FORMS["op"])
+    reasons: dict[str, int] = {}
+    lines, faster = [], []
+    for case in asked:
+        ours, cells = times.get((case, "triton")), [case]
+        for method in methods:
+            us, reason = times.get((case, method)), not_timed.get((case, method))
+            if us is not None:
+                cells.append(f"{us:.1f}" + (f" ({us / ours:.2f}x)" if ours and method != "triton" else ""))
+                if ours and us < ours and method != OTHER_WORK:
+                    faster.append(f"faster than triton: {method} in {case}, {us:.1f} against {ours:.1f} µs")
+            elif reason is not None:
+                number = reasons.setdefault(f"{method}: {reason}", len(reasons) + 1)
+                cells.append(f"{'wrong' if reason.startswith('wrong') else 'n/a'} [{number}]")
+            else:
+                cells.append("-")
+        lines.append(cells)
+    if not lines:
+        return [], []
+    versions = dict.fromkeys(f"{result['method']}: {result['peer']}" for result in results if "peer" in result)
+    why = [f"[{number}] {reason}" for reason, number in reasons.items()]
+    notes = [*faster, *versions, f"{OTHER_WORK}: other work, the whole context; for scale", *why]
+    return [["case", *methods], *lines], notes
+
+
+def peers_screen(results: Sequence[Mapping[str, Any]], not_timed: Reasons) -> list[str]:
+    """Return a line for each family and peer, who is faster than Triton, and why times are missing."""
+    _, notes = peers(results, not_timed)
+    if not notes:
+        return []
+    times = _times(results)
+    lines = [f"{'peer':<18}{'family':<9}{'cases':>6}{'geomean':>9}{'lowest':>8}   device time over triton's"]
+    for method in PEER_METHODS:
+        for family in dict.fromkeys(result["family"] for result in results):
+            cases = [r["case"] for r in results if (r["method"], r["family"]) == (method, family)]
+            if cases:
+                ratios = [times[c, method] / times[c, "triton"] for c in cases if (c, "triton") in times]
+                shown = _number(geomean(ratios), ".2f"), _number(min(ratios, default=None), ".2f")
+                lines.append(f"{method:<18}{family:<9}{len(cases):>6}{shown[0]:>9}{shown[1]:>8}")
+    faster = [note for note in notes if note.startswith("faster")]
+    more = [f"… and {len(faster) - WORST_SHOWN} more"] if len(faster) > WORST_SHOWN else []
+    missing: dict[str, int] = defaultdict(int)
+    for (_, method), reason in not_timed.items():
+        missing[f"{method}: {reason}"] += 1
+    why = sorted(missing, key=lambda text: -missing[text])[:WORST_SHOWN]
+    return [*lines, *faster[:WORST_SHOWN], *more, *(f"{missing[text]} x {text}" for text in why)]
+
+
+def _times(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    return {(result["case"], result["method"]): result["device_us"] for result in results}
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return rows of text cells as lines of columns."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in COLUMNS}
+    lines = [{name: name for name in COLUMNS}, *rows]
+    return ["  ".join(line[name].ljust(widths[name]) for name in COLUMNS).rstrip() for line in lines]
+
+
+def _is(timed: Mapping[str, Mapping[str, Any]], family: str, layout: str) -> bool:
+    any_method = next(iter(timed.values()))
+    return (any_method["family"], any_method["layout"]) == (family, layout)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

@@ -1,0 +1,43 @@
+"""What Triton is compared with: the fastest SDPA form of a case and scope. The screen, report, plots and rule ask here.
+
+Source: docs/measuring.md, "Scopes".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# By scope: "op" has packing inside the time, "core" gets rows that were packed beforehand, on both sides.
+TRITON = {"op": "triton", "core": "triton_core"}
+SDPA_FORMS = {"op": ("packed_sdpa", "packed_sdpa_compiled"), "core": ("sdpa_core",)}
+EVERY_SDPA_FORM = frozenset(form for forms in SDPA_FORMS.values() for form in forms)
+
+Result = Mapping[str, Any]  # of one (case, method): its extra_info, and its times in µs
+
+
+def fastest_form(times: Mapping[str, float | None], scope: str) -> str | None:
+    """Return the fastest SDPA form of a scope by these times of one case's methods; None if none of them has a time."""
+    timed = {form: us for form in SDPA_FORMS[scope] if (us := times.get(form))}
+    return min(timed, key=timed.__getitem__, default=None)
+
+
+def fastest_sdpa(results: Iterable[Result], time: str = "device_us") -> dict[tuple[str, str], Result]:
+    """Return the result of the fastest SDPA form for every (case, scope) that has one; `time` names the time."""
+    grouped: dict[tuple[str, str], dict[str, Result]] = defaultdict(dict)
+    for result in results:
+        grouped[result["case"], result["scope"]][result["method"]] = result
+    found = {}
+    for key, of_case in grouped.items():
+        form = fastest_form({method: result.get(time) for method, result in of_case.items()}, key[1])
+        if form is not None:
+            found[key] = of_case[form]
+    return found
+
+
+def geomean(values: Iterable[float]) -> float | None:
+    """Return the geometric mean of positive numbers; None of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None

@@ -1,0 +1,224 @@
+"""The one matrix of measured cases, and the methods that are timed in each."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..saved.speedups import SDPA_FORMS, TRITON
+
+BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
+ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
+RAGGED_RATIO = 16  # longest / shortest row of a `ragged` case
+FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
+PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
+LAYOUTS = ("few", "many", "mixed")
+DTYPES = ("bf16", "fp16")
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of every dtype that the kernel takes
+MATRICES = ("smoke", "hot", "full")
+
+OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
+CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
+TRITON_METHODS = tuple(TRITON.values())
+PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Describe one measured shape; frozen, hashable, and named by `id`.
+
+    family: one of FAMILIES. dtype: "bf16" or "fp16". layout: few (one span; blocks: adjacent), many (8 equal spans;
+    blocks: scattered) or mixed (2, 4 or 8 random spans). H: heads per group. D, Dv: widths. L: selected tokens per row
+    (the mean in `ragged`, the most in `prefill`). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length
+    where spans are blocks, 0 elsewhere. peers: timed beside other people's kernels.
+    """
+
+    family: str
+    dtype: str
+    layout: str
+    H: int
+    D: int
+    Dv: int
+    L: int
+    N: int
+    S: int = 1
+    G: int = 1
+    S_kv: int = ROW_CONTEXT
+    block: int = 0
+    peers: bool = False
+
+    @property
+    def id(self) -> str:
+        """Return the readable name, e.g. `rows-bf16-H8-D128-Dv128-L512-N1024-many`."""
+        shape = f"{self.family}-{self.dtype}-H{self.H}-D{self.D}-Dv{self.Dv}-L{self.L}-N{self.N}"
+        if self.family == "decode":
+            shape += f"-t{self.S_kv}"
+        elif self.family == "prefill":
+            shape += f"-S{self.S}"
+        return f"{shape}-{self.layout}"
+
+    @property
+    def B(self) -> int:
+        return self.N // (self.S * self.G)
+
+    @property
+    def n_spans(self) -> int:
+        if self.block:
+            return self.L // self.block
+        return 1 if self.layout == "few" else 8
+
+    @cached_property
+    def longest(self) -> int:
+        """Return the tokens of the longest row: L, or more where rows are ragged."""
+        return max(ragged_lengths(self)) if self.family == "ragged" else self.L
+
+    @property
+    def hot(self) -> bool:
+        """Tell whether the case is in the hot subset, where `packed_sdpa_compiled` runs too."""
+        if self.family == "rows":
+            return (self.H, self.D, self.Dv) == (8, 128, 128)
+        return self.family == "decode" and self.H == 16
+
+    @property
+    def seed(self) -> int:
+        """Return the fixed seed of the case's tensors and spans, the same for every dtype."""
+        return zlib.crc32(self.id.replace(f"-{self.dtype}-", "-").encode())
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return the methods in the order of timing; beside peers packing comes last, as it needs the most memory."""
+        ours = tuple(m for m in OP_METHODS + CORE_METHODS if m != "packed_sdpa_compiled" or self.hot)
+        return ("triton", *PEER_METHODS, *(m for m in ours if m.startswith("packed"))) if self.peers else ours
+
+
+def scope(method: str) -> str:
+    """Return "op" (packing inside the time) or "core" (rows packed beforehand on both sides)."""
+    return "core" if method in CORE_METHODS else "op"
+
+
+def ragged_lengths(case: Case) -> list[int]:
+    """Return the row lengths of a ragged case in rising order: the N mid-quantiles of a log-uniform law with mean L."""
+    shortest = case.L * math.log(RAGGED_RATIO) / (RAGGED_RATIO - 1)
+    return [round(shortest * RAGGED_RATIO ** ((i + 0.5) / case.N)) for i in range(case.N)]
+
+
+def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Case]:
+    """Return the cases of "smoke", "hot" or "full", optionally of one family (or several, separated by commas).
+
+    "peers" counts as a family that is only there when named; its "hot" cases are those of 16 heads, NSA's own number.
+
+    Raises:
+        ValueError: an unknown matrix, dtype or family.
+    """
+    families = FAMILIES if family is None else tuple(family.split(","))
+    arguments = (("matrix", (name,), MATRICES), ("dtype", (dtype,), DTYPES), ("family", families, (*FAMILIES, PEERS)))
+    for argument, values, known in arguments:
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{argument}: value is {value!r}, expected one of {', '.join(known)}")
+    cases = [*_rows(dtype), *_ragged(dtype), *_decode(dtype), *_long(dtype), *_prefill(dtype)]
+    if name == "hot":
+        cases = [case for case in cases if case.hot]
+    elif name == "smoke":
+        cases = [case for case in cases if _in_smoke(case)]
+    chosen = {case.id: case for case in cases if case.family in families}
+    if PEERS in families:
+        chosen |= {case.id: case for case in _peers(name, dtype)}
+    return list(chosen.values())
+
+
+def rows_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, N: int) -> Case:
+    """Return a case whose N rows own K and V of 2048 tokens (2·L where a row selects more than half of that).
+
+    Raises:
+        ValueError: `many` cannot cut L into 8 equal spans, or `mixed` into up to 8 spans.
+    """
+    if layout == "many" and L % 8 or layout == "mixed" and L < 8:
+        raise ValueError(f"L: value is {L}, expected a multiple of 8 for many, at least 8 for mixed")
+    return Case("rows", dtype, layout, H, D, Dv, L, N, S_kv=max(ROW_CONTEXT, 2 * L))
+
+
+def decode_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, batch: int, context: int) -> Case:
+    """Return a case of one query token, 4 groups and L/64 blocks out of `context` tokens per group.
+
+    Raises:
+        ValueError: L or the context is no multiple of 64, or L exceeds the context.
+    """
+    if L % BLOCK or context % BLOCK or not 0 < L <= context:
+        raise ValueError(f"L: value is {L}, expected a multiple of {BLOCK} up to the context of {context}")
+    return Case("decode", dtype, layout, H, D, Dv, L, 4 * batch, G=4, S_kv=context, block=BLOCK)
+
+
+def _rows(dtype: str) -> list[Case]:
+    return [
+        rows_case(dtype, layout, H, D, Dv, L, N)
+        for H in (4, 8)
+        for D in (64, 128)
+        for Dv in (64, 128)
+        for L in (16, 32, 64, 128, 256, 512, 1024)
+        for N in (64, 256, 1024)
+        for layout in LAYOUTS
+    ]
+
+
+def _ragged(dtype: str) -> list[Case]:
+    # The longest row has about 3 times the mean length.
+    return [
+        Case("ragged", dtype, "few", 8, 128, 128, L, N, S_kv=max(ROW_CONTEXT, 4 * L))
+        for L in (64, 256, 1024)
+        for N in (64, 256, 1024)
+    ]
+
+
+def _decode(dtype: str) -> list[Case]:
+    cases = []
+    for H in (2, 4):
+        for D in (64, 128):
+            for Dv in (64, 128):
+                for batch in (1, 8, 64):
+                    for context in (128, 256, 512, 8192):
+                        # A context shorter than the selection is selected whole, in adjacent blocks, whatever n_sel is.
+                        lengths = sorted({min(n_sel * BLOCK, context) for n_sel in (8, 16)})
+                        layout = "few" if lengths[-1] == context else "many"
+                        cases += [decode_case(dtype, layout, H, D, Dv, L, batch, context) for L in lengths]
+    return cases + [decode_case(dtype, "many", 16, 128, 128, 16 * BLOCK, batch, 8192) for batch in (1, 8, 64)]
+
+
+def _long(dtype: str) -> list[Case]:
+    few = Case("long", dtype, "few", 16, 128, 128, 65_536, 4, G=4, S_kv=131_072)
+    many = Case("long", dtype, "many", 16, 128, 128, 65_536, 4, G=4, S_kv=131_072, block=BLOCK)
+    return [few, many]
+
+
+def _prefill(dtype: str) -> list[Case]:
+    shapes = [(S, G, H, 128) for S in (1024, 4096) for G in (1, 4) for H in (4, 16)]
+    shapes += [(S, 4, 16, 192) for S in (1024, 4096)]  # NSA's own widths
+    return [
+        Case("prefill", dtype, "many", H, D, 128, n_sel * BLOCK, S * G, S=S, G=G, S_kv=S, block=BLOCK)
+        for S, G, H, D in shapes
+        for n_sel in (8, 16)
+    ]
+
+
+def _peers(name: str, dtype: str) -> list[Case]:
+    L = 16 * BLOCK
+    larger = [decode_case(dtype, "many", 16, 128, 128, L, batch, 65_536) for batch in (1, 8, 64)]
+    S, G = 16_384, 4
+    larger.append(Case("prefill", dtype, "many", 16, 128, 128, L, S * G, S=S, G=G, S_kv=S, block=BLOCK))
+    cases = [replace(case, peers=True) for case in (*_decode(dtype), *_prefill(dtype), *larger)]
+    if name == "hot":
+        return [case for case in cases if case.H == 16]
+    return [case for case in cases if name == "full" or _in_smoke(case)]
+
+
+def _in_smoke(case: Case) -> bool:
+    """Pick cases that two CPU cores time in seconds: every layout, one ragged case and two of decode."""
+    narrow = (case.D, case.Dv) == (64, 64)
+    if case.family == "rows":
+        small = case.N == 64 and case.L in (16, 64, 256) and case.H == 4 and narrow
+        return small or (case.N == 64 and case.L == 64 and case.hot)
+    if case.family == "ragged":
+        return case.N == 64 and case.L == 64
+    return case.family == "decode" and narrow and case.H == 4 and case.N == 4 and case.S_kv in (512, 8192)

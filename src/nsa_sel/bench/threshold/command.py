@@ -1,0 +1,43 @@
+"""The min-L rule: from which selected length L on Triton is safe to switch on, and writing that decision down."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...config import ConfigError
+from ..saved.run import RunError, Saved
+from ..suite import cases
+from . import write
+from .rule import ThresholdError, decide
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nsa-sel threshold`: 0 with a threshold, 1 if the data supports none, 2 if it cannot be judged or written."""
+    parser = argparse.ArgumentParser(prog="nsa-sel threshold", description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN.json", help="saved runs of one GPU, or chunks of one"
+    )
+    parser.add_argument(
+        "--matrix", choices=cases.MATRICES, default="full", help="the cases that must be there, in each dtype"
+    )
+    parser.add_argument("--apply", action="store_true", help="write the value and its rationale")
+    parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), help="YAML file to write")
+    parser.add_argument("--prd", type=Path, default=Path("PRD.md"), help="requirements file to write")
+    args = parser.parse_args(argv)
+    try:
+        decision = decide([Saved.load(path) for path in args.runs], args.matrix)
+        print(write.as_text(decision))
+        if decision.min_L is None:
+            if args.apply:
+                print("Nothing is written.")
+            return 1
+        if args.apply:
+            changed = write.apply(decision, args.config, args.prd)
+            print("Wrote " + ", ".join(map(str, changed)) if changed else "Already written; nothing changes.")
+    except (RunError, ThresholdError, ConfigError) as error:
+        print(f"nsa-sel threshold: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,207 @@
+"""Find the fastest launch for each class of calls on this GPU, and write the table that the run time reads.
+
+Every launch that can run is compiled on all cores, checked against the oracle and timed for a few rounds; the best are
+timed again with variations around them, and the finalists once more, in turns. After an interruption the same command
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ...kernel import tuned_table
+from ...kernel.call import Gpu
+from ..saved.storage import slug
+from ..suite import cases
+from ..suite.cases import Case
+from ..tables import replace_file
+from ..timer.machine import environment
+from . import workers
+from .log import Log, Progress
+from .results import Result, as_csv, as_markdown, merged, rows
+from .sweep import Compile, DeviceLost, Sweep, SweepDevice, SweepError
+
+HOT_ROWS = 1024  # N of the default cases
+
+
+def write(
+    results: Sequence[Result], sweep: Sweep, table: Path, folder: Path, measured: Mapping[str, str]
+) -> list[Path]:
+    """Write tune.csv and tune.md with the finalists of every class, and the tuned table if it has an entry."""
+    heading = f"Tuned launches of {sweep.gpu.name}, {measured['date']}"
+    notes = [", ".join(f"{name} {value}" for name, value in measured.items() if name != "date")]
+    notes += [f"- left out {n}: {reason}" for reason, n in sweep.removed.most_common()]
+    notes += [f"- not measured: {case.id}: {reason}" for case, reason in sweep.skipped.items()]
+    texts = {
+        folder / "tune.csv": as_csv(rows(results)),
+        folder / "tune.md": as_markdown(heading, results, sweep.log.errors(), notes),
+    }
+    tuned = merged(table, sweep.gpu.name, measured, results)
+    if tuned.entries:
+        texts[table] = tuned.as_json()
+        set_aside(table, sweep.gpu.name)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    return list(texts)
+
+
+def set_aside(table: Path, gpu: str) -> None:
+    """Rename a file that stands in the table's place and is no table of this GPU, so that nothing is lost."""
+    try:
+        tuned_table.read(table, gpu)
+    except tuned_table.TableError as error:
+        if table.exists():
+            taken = [table.with_name(f"{table.name}.old{n or ''}") for n in range(100)]
+            kept = next(path for path in taken if not path.exists())
+            table.rename(kept)
+            print(f"{error}: kept as {kept}")
+
+
+def default_folder(gpu: str) -> Path:
+    """Return where a table goes that is written without --out: where the run time finds it, and can be written to."""
+    local, packaged = tuned_table.LOCAL, tuned_table.PACKAGED
+    if (local / tuned_table.file_name(gpu)).exists():  # it is read before the packaged one
+        return local
+    return packaged if os.access(packaged if packaged.exists() else packaged.parent, os.W_OK) else local
+
+
+def select(args: argparse.Namespace) -> list[Case]:
+    """Return the cases that the arguments name, but for ragged ones: their rows of one span take no entry of a table.
+
+    Raises: ValueError for an unknown family, or if none is left.
+    """
+    given = bool(args.matrix or args.family or args.k)
+    chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
+    chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
+    chosen = [case for case in chosen if case.family != "ragged"]
+    if not chosen:
+        raise ValueError(f"no case of the matrix but ragged ones has all of these in its id: {', '.join(args.k)}")
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nsa-sel tune", description=__doc__)
+    parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
+    parser.add_argument("--family", metavar="NAMES", help=f"only these, with commas: {', '.join(cases.FAMILIES)}")
+    parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of the cases; the table serves both")
+    parser.add_argument("--exhaustive", action="store_true", help="every chunk of D and Dv in the first round too")
+    parser.add_argument("--top", type=int, default=4, metavar="K", help="finalists of each class (default: 4)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE|DIR",
+        help="the tuned table (default: tuned/ of this installation, if it can be written to, else"
+        f" {tuned_table.LOCAL}/ here: the two places where the run time looks)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="tune.csv, tune.md and what an interrupted sweep has measured (default: bench/results/<GPU>)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nsa-sel tune`: 0, 1 if it cannot tune here, 2 for bad arguments, 130 if it was interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.top < 2:
+        parser.error(f"--top: value is {args.top}, expected at least 2")
+    try:
+        chosen = select(args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        from .gpu import GpuSweepDevice, find  # needs Triton
+    except ImportError as error:
+        return _refuse(f"Triton cannot be imported: {error}")
+    gpu = find()
+    if isinstance(gpu, str):
+        return _refuse(gpu)
+    try:
+        return tune(args, chosen, gpu, GpuSweepDevice())
+    except DeviceLost as error:
+        print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
+        print("A new process goes on without it.", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", __package__.rsplit(".", 2)[0], "tune", *argv])
+    except KeyboardInterrupt:
+        print("\nnsa-sel tune: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (SweepError, OSError) as error:
+        return _refuse(str(error))
+
+
+def tune(
+    args: argparse.Namespace,
+    chosen: Sequence[Case],
+    gpu: Gpu,
+    device: SweepDevice,
+    compile_all: Compile = workers.compile_all,
+    progress: Progress | None = None,
+) -> int:
+    """Sweep, write the results, and return 0, or 1 if there is nothing for a table."""
+    machine = {name: value for name, value in environment().items() if name != "calibration"}
+    out = args.out or default_folder(gpu.name)
+    table = out if out.suffix == ".json" else out / tuned_table.file_name(gpu.name)
+    folder = args.results or Path("bench/results") / slug(gpu.name)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Log(folder / "tune.jsonl", {**machine, "gpu": gpu.name})) as log:
+        sweep = Sweep(
+            chosen,
+            gpu,
+            device,
+            log,
+            progress or Progress(),
+            compile_all,
+            every_chunk=args.exhaustive,
+            top=args.top,
+        )
+        for line in sweep.plan():
+            print(line, flush=True)
+        results = sweep.run()
+        measured = {name: str(machine[name]) for name in ("torch", "triton", "driver", "cuda")}
+        measured["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        written = write(results, sweep, table, folder, measured)
+        log.finish()
+    for line in summary(results, sweep):
+        print(line)
+    for path in written:
+        print(path)
+    tuned_table.forget()
+    if table not in written:
+        print("No class has a launch to tune: no table.")
+        return 1
+    if table.parent.resolve() not in (tuned_table.LOCAL.resolve(), tuned_table.PACKAGED.resolve()):
+        print(f"The run time reads it once it lies in {tuned_table.LOCAL}/ of the working directory.")
+    return 0
+
+
+def summary(results: Sequence[Result], sweep: Sweep) -> Iterator[str]:
+    """Yield a line per class, and one for what failed or was skipped."""
+    for result in results:
+        winner = result.winner
+        if winner is None:
+            yield f"{result.key}: no entry, the model decides"
+        else:
+            yield f"{result.key}: {winner.launch}, {winner.mean_us:.1f} µs, {result.gain(winner):.2f}x untuned"
+    for case, reason in sweep.skipped.items():
+        yield f"not measured: {case.id}: {reason}"
+    if sweep.late:
+        yield f"{sweep.late} kernels were compiled only when they were timed, which takes long but changes no figure"
+    if failed := len(sweep.log.errors()):
+        yield f"{failed} of the timings failed; tune.md lists them with their errors"
+
+
+def _refuse(reason: str) -> int:
+    print(f"nsa-sel tune: nothing can be tuned here: {reason}", file=sys.stderr)
+    return 1

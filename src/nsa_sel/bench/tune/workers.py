@@ -1,0 +1,211 @@
+"""Compile kernels on all CPU cores ahead of their timing, which then finds them in Triton's disk cache.
+
+Run as a module this is one worker: it reads one variant per line, builds it by running it once on empty rows, and
+answers with one line. A worker that dies or hangs costs one variant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ...kernel.launch_config import LaunchConfig
+from ..suite.inputs import TORCH_DTYPES
+from .space import Variant
+
+MOST_WORKERS = 16
+WORKER_BYTES = 1 << 30  # of GPU memory: a context takes about half of it
+LIMIT_S = 180  # for one variant, and for the start of its worker before it
+COMMAND = (sys.executable, "-m", f"{__package__}.workers")
+
+
+def workers() -> int:
+    """Return how many workers the CPU cores of this process and the GPU's free memory allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = torch.cuda.mem_get_info()[0] // WORKER_BYTES if torch.cuda.is_available() else MOST_WORKERS
+    return max(1, min(cores, MOST_WORKERS, room))
+
+
+def compile_all(
+    variants: Sequence[Variant],
+    finished: Callable[[], Any],
+    *,
+    command: Sequence[str] = COMMAND,
+    limit_s: float = LIMIT_S,
+    total_s: float | None = None,
+) -> dict[Variant, str]:
+    """Compile every variant and return the errors of those that failed; call `finished` after each, in this thread.
+
+    limit_s: for one variant. total_s: for all of them; None sets no limit.
+
+    Raises: TimeoutError after total_s, when the workers have been stopped.
+    """
+    end = None if total_s is None else time.monotonic() + total_s
+    todo: queue.SimpleQueue[Variant] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[Variant, str | None]] = queue.SimpleQueue()
+    for variant in variants:
+        todo.put(variant)
+    pool = [_Worker(command, limit_s) for _ in range(min(workers(), len(variants)))]
+    threads = [threading.Thread(target=worker.serve, args=(todo, answers), daemon=True) for worker in pool]
+    errors = {}
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in variants:
+            try:
+                variant, error = answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"{len(variants)} kernels were not compiled in {total_s:.0f} s") from None
+            if error is not None:
+                errors[variant] = error
+            finished()
+    finally:
+        for worker in pool:
+            worker.stop()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+class _Worker:
+    """Own one worker process, started when it is first needed and again after it died."""
+
+    def __init__(self, command: Sequence[str], limit_s: float) -> None:
+        self.command, self.limit_s = command, limit_s
+        self.process: subprocess.Popen[str] | None = None
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+
+    def serve(self, todo: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+        """Take variants until there are none, or until stopped."""
+        while not self.stopped.is_set():
+            try:
+                variant = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                error = self.ask(variant)
+            except Exception as failure:  # whatever it is, the variant must be answered, or the caller waits for ever
+                self.end()
+                error = f"{type(failure).__name__}: {failure}"
+            answers.put((variant, error))
+
+    def ask(self, variant: Variant) -> str | None:
+        """Return the variant's error, None if it was built."""
+        process = self.start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(asdict(variant)) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # dead: no answer either
+        # One line is written for each line read, so that none can wait in the buffer while select looks at the pipe.
+        if not select.select([process.stdout], [], [], self.limit_s)[0]:
+            self.end()
+            return f"the compiler gave no answer in {self.limit_s:g} s"
+        line = process.stdout.readline()
+        if not line.endswith("\n"):
+            said = self.end()
+            return f"the compiler's process died with exit status {process.returncode}: {said}"
+        answer = json.loads(line)
+        if answer["lost"]:
+            self.end()
+        return answer["error"]
+
+    def start(self) -> subprocess.Popen[str]:
+        with self.lock:
+            if self.stopped.is_set():
+                raise RuntimeError("stopped")
+            if self.process is None:
+                self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by `end`
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.errors,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the sweep, which then stops its workers
+                )
+            return self.process
+
+    def end(self) -> str:
+        """Kill the process, if there is one; return the last line that it wrote to standard error."""
+        with self.lock:
+            process, self.process = self.process, None
+        if process is None:
+            return ""
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # a line that was never read
+                if pipe is not None:
+                    pipe.close()
+        with self.errors:
+            self.errors.seek(0)
+            said = [line.strip() for line in self.errors if line.strip()]
+        return said[-1][:200] if said else "it said nothing"
+
+    def stop(self) -> None:
+        """Kill the process and take no more variants."""
+        self.stopped.set()
+        self.end()
+
+
+def build(variant: Variant) -> None:
+    """Compile a variant through the launcher, with the alignment and types of the timing, for empty rows."""
+    from ...kernel.launch import forward  # needs Triton
+
+    dtype = TORCH_DTYPES[variant.dtype]
+    q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device="cuda")
+    k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device="cuda")
+    v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device="cuda")
+    ranges = torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device="cuda")
+    forward(q, k, v, ranges, launch=variant.launch)
+    torch.cuda.synchronize()
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def device_answers() -> bool:
+    """Tell whether the GPU can still be used; after an illegal memory access this process has lost it."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # RuntimeError, or a subclass that newer versions of torch have
+        return False
+    return True
+
+
+def serve() -> None:
+    """Answer one line for each line of standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the compiler prints is no answer
+    for line in sys.stdin:
+        fields = json.loads(line)
+        error, lost = None, False
+        try:
+            build(Variant(**{**fields, "launch": LaunchConfig(**fields["launch"])}))
+        except Exception as failure:
+            error, lost = one_line(failure), not device_answers()
+        print(json.dumps({"error": error, "lost": lost}), file=answers, flush=True)
+        if lost:
+            return
+
+
+if __name__ == "__main__":
+    serve()
