@@ -13,10 +13,6 @@ import nsa_sel
 
 PACKAGE = Path(nsa_sel.__file__).parent
 MOST_LINES, MOST_PARAMETERS = 300, 12
-LONG_MODULES = {
-    "kernel/forward.py": "one kernel: Triton compiles it as one function, and its signature alone takes a screen",
-    "kernel/launch.py": "a plan and its two ways to launch read each other's fields at every call",
-}
 # A room may import those to its left, and what those may import.
 ORDER = """
     errors config spans < routing reference
@@ -143,10 +139,9 @@ def not_relative(folder: Path) -> list[str]:
 
 
 def too_long(folder: Path) -> list[str]:
-    """List the modules of more than 300 lines that are no exception."""
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules(folder).values()}
-    long = {path.relative_to(folder).as_posix(): n for path, n in lengths.items() if n > MOST_LINES}
-    return [f"{name} has {n} lines" for name, n in long.items() if name not in LONG_MODULES]
+    """List the modules of more than 300 lines."""
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules(folder).items()}
+    return [f"{name} has {n} lines" for name, n in lengths.items() if n > MOST_LINES]
 
 
 def too_many_parameters(folder: Path) -> list[str]:
@@ -201,10 +196,6 @@ def test_the_package_keeps_the_rule(rule: Rule):
     assert rule(PACKAGE) == []
 
 
-def test_every_exception_has_a_module_and_a_reason():
-    assert all(PACKAGE.joinpath(name).exists() and reason for name, reason in LONG_MODULES.items())
-
-
 # --- each rule sees a breach that is planted in a small house ---
 
 KERNEL = "import triton\n\n\n@triton.jit\ndef _sel_fwd({}):\n    pass\n"
@@ -213,7 +204,7 @@ HOUSE = {
     "errors.py": '"""Named nsa_sel.errors outside."""\n',
     "spans.py": "",
     "kernel/__init__.py": "",
-    "kernel/launch.py": "from ..errors import Failed\nfrom . import forward\n" + "\n" * 300,  # a named exception
+    "kernel/launch.py": "from ..errors import Failed\nfrom . import forward\n" + "\n" * 298,  # as long as it may be
     "kernel/forward.py": KERNEL.format(", ".join(f"x{i}" for i in range(40))),
     "dispatch.py": "def run(q):\n    from .kernel import launch\n    return launch\n",
     "ops.py": "from . import dispatch\n",
@@ -262,7 +253,7 @@ def test_a_small_house_keeps_the_rule(rule: Rule, tmp_path: Path):
         (not_relative, "bench/cli.py", "import nsa_sel\n", "bench.cli names nsa_sel"),
         (not_relative, "bench/cli.py", 'COMMAND = ["-m", "nsa_sel.bench.cli"]\n', "bench.cli names nsa_sel.bench.cli"),
         (not_relative, "api.py", "def f():\n    import tests.unit\n", "api names tests.unit"),
-        (too_long, "spans.py", "\n" * 301, "spans.py has 301 lines"),
+        (too_long, "spans.py", "\n" * 301, "spans has 301 lines"),
         (too_many_parameters, "api.py", "def f(a, b, c, d, e, f, g, /, h, i, *j, k, l, **m): pass\n", "api.f has 13"),
         (verbs_elsewhere, "bench/suite/cases.py", "def main(): pass\n", "bench.suite.cases has a main"),
         (issue_numbers, "api.py", "# Source: issue 12, the API.\n", "api: # Source: issue 12, the API."),
