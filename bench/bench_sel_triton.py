@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs without being installed
 
 from nsa_sel import choose_route
+from nsa_sel.bench import tables
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved.speedups import fastest_sdpa
 from nsa_sel.bench.session import Session
@@ -84,11 +85,11 @@ def _measure(session: Session, case: Case, rounds: int, warmup: int) -> Iterator
 
 
 def _csv(cells: Iterable[str]) -> str:
-    return ",".join(f'"{cell}"' if "," in cell else cell for cell in map(_one_line, cells))
+    return tables.as_csv([map(_one_line, cells)]).rstrip("\n")
 
 
 def _markdown(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+    return tables.markdown_line(map(_one_line, cells))
 
 
 def _one_line(cell: str) -> str:

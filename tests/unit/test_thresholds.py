@@ -246,7 +246,7 @@ def test_damaged_json_ends_in_one_line_and_exit_code_2(tmp_path, capsys, content
 
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """Copy base.yaml (behind the link that the package has) and PRD.md, both without any measured GPU."""
+    """Copy base.yaml (which configs/ links to) and PRD.md, both without any measured GPU."""
     pytest.importorskip("ruamel.yaml", reason="--apply needs ruamel.yaml")
     config, prd = tmp_path / "configs" / "base.yaml", tmp_path / "PRD.md"
     config.parent.mkdir()

@@ -195,6 +195,26 @@ def test_every_kernel_of_a_run_is_compiled_once_ahead_of_it(monkeypatch):
     assert precompile.distinct([(case, "packed_sdpa") for case in tiny], "cpu") == []
 
 
+def test_what_is_compiled_ahead_is_what_the_run_launches(monkeypatch):
+    launch, forward = (pytest.importorskip(f"nsa_sel.kernel.{name}") for name in ("launch", "forward"))
+    monkeypatch.setattr(launch, "unsupported_reason", lambda *arguments: None)
+    names = [name for name, kind in forward._sel_fwd.fn.__annotations__.items() if "constexpr" in str(kind)]
+    assert {"BLOCK_L", "UNIT", "WIDE", "QUERIES"} <= set(names)
+
+    def compiled_for(tensors, config) -> tuple:
+        plan = launch.Plan(*tensors, None, None, None, config)
+        return [plan.values[name] for name in names], plan.options
+
+    families = ",".join((*cases.FAMILIES, cases.PEERS))
+    for case, method in ((case, m) for case in cases.matrix("hot", family=families) for m in cases.TRITON_METHODS):
+        x = precompile.blank(case, method == "triton_core", "meta")
+        tensors = x.q, x.k, x.v, x.ranges
+        config = launch.launch_for(*tensors, min_len=x.min_len, max_len=x.max_len)
+        (ahead,) = precompile.distinct([(case, method)], "meta")
+        rows = precompile.workers.empty_rows(ahead, "meta")
+        assert compiled_for(rows, ahead.launch) == compiled_for(tensors, config), (case.id, method)
+
+
 def kernel(warps: int, stages: int) -> Variant:
     return Variant("bf16", 1, 4, 64, 64, 1, LaunchConfig("gather", 16, 64, 64, warps, stages))
 

@@ -79,7 +79,7 @@ class Session:
         if self.on_gpu:
             cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             if cached > CACHE_LIMIT * torch.cuda.mem_get_info()[1]:
-                with contextlib.suppress(RuntimeError):  # refused for good after a capture that failed
+                with contextlib.suppress(RuntimeError):  # after a failed capture CUDA refuses this for good
                     torch.cuda.empty_cache()
 
     def lost(self) -> bool:

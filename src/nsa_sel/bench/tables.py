@@ -26,10 +26,11 @@ def as_csv(lines: Iterable[Iterable[object]]) -> str:
 def as_markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return lines of cells, the heading first, as a Markdown table without a newline at its end."""
     head, *body = lines
-    return "\n".join([_markdown_line(head), "|" + "---|" * len(head), *map(_markdown_line, body)])
+    return "\n".join([markdown_line(head), "|" + "---|" * len(head), *map(markdown_line, body)])
 
 
-def _markdown_line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """Return one line of a Markdown table, with what would end a cell or begin a tag escaped."""
     return "| " + " | ".join(printable(cell).replace("<", "&lt;").replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -133,7 +133,7 @@ def _chunks(width: int) -> tuple[int, int]:
 
 
 def _each_pair(variants: Sequence[Variant]) -> list[Variant]:
-    """Pick variants in which every two traits that occur together do so, and for each tile the most shared memory."""
+    """Pick variants so that each pair of traits that occurs is in one of them, and per tile the most shared memory."""
     picked: list[Variant] = []
     seen: set[tuple] = set()
     hungriest: dict[tuple, tuple[int, Variant]] = {}

@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_ASKED] = baseline or asked
     if hasattr(config.option, "benchmark_compare"):
         config.option.benchmark_compare = []
-    # Said of a benchmark that Ctrl-C met before its first round; as an error it would hide the interruption.
+    # pytest-benchmark warns so if Ctrl-C stops a benchmark before its first round; an error would hide the Ctrl-C.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 

@@ -15,7 +15,7 @@ COLUMNS = (
     *("case", "method", "time_us", "ci95_us", "speedup"),
     *("gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran"),
 )
-OTHER_WORK = "dense"  # attends to the whole context: there for scale, and no rival
+OTHER_WORK = "dense"  # attends to the whole context: shown for scale, and never said to be faster
 Reasons = Mapping[tuple[str, str], str]  # (case, method) -> why it has no time
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...kernel.launch_config import LaunchConfig
 from ..suite.inputs import TORCH_DTYPES
@@ -164,16 +165,20 @@ class _Worker:
         self.end()
 
 
+def empty_rows(variant: Variant, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and ranges that select nothing, with what a variant's kernel is specialised on."""
+    dtype = TORCH_DTYPES[variant.dtype]
+    q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device=device)
+    k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device=device)
+    v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device=device)
+    return q, k, v, torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device=device)
+
+
 def build(variant: Variant) -> None:
     """Compile a variant through the launcher, with the alignment and types of the timing, for empty rows."""
     from ...kernel.launch import forward  # needs Triton
 
-    dtype = TORCH_DTYPES[variant.dtype]
-    q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device="cuda")
-    k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device="cuda")
-    v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device="cuda")
-    ranges = torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device="cuda")
-    forward(q, k, v, ranges, launch=variant.launch)
+    forward(*empty_rows(variant, "cuda"), launch=variant.launch)
     torch.cuda.synchronize()
 
 
