@@ -28,15 +28,16 @@ def lengths(ranges: Tensor, S_kv: int) -> Tensor:
 def token_index(ranges: Tensor, S_kv: int, max_len: int, *, ragged: bool = True) -> tuple[Tensor, Tensor]:
     """Return each row's token positions, int64 [B, S, G, max_len], and which of them are real, bool of the same shape.
 
-    The rest is padding: it repeats the row's last token (token 0 in an empty row). `ragged=False` promises that every
-    row has L = max_len and saves the work for the padding. Every index lies in [0, S_kv), whatever the ranges hold;
-    S_kv must be at least 1. No device sync, no loop over rows or spans.
+    The rest is padding: it repeats the row's last token, in an empty row some token of the context. `ragged=False`
+    promises that every row has L = max_len and saves the work for the padding. Every index lies in [0, S_kv), whatever
+    the ranges hold; S_kv must be at least 1. No device sync, no loop over rows or spans.
     """
     starts, ends = clamp(ranges, S_kv)
     place = torch.arange(max_len, device=ranges.device)
     shape = (*ranges.shape[:3], max_len)
     if ranges.shape[3] == 0:
-        return torch.zeros(shape, dtype=torch.int64, device=ranges.device), torch.zeros_like(place < 0).expand(shape)
+        index = torch.zeros(shape, dtype=torch.int64, device=ranges.device)
+        return index, torch.zeros_like(index, dtype=torch.bool)
     stops = (ends - starts).cumsum(-1)  # [B, S, G, n_spans]: where each span stops in the packed row
     L = stops[..., -1:]
     valid = place < L
@@ -70,7 +71,7 @@ def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int
     L = lengths(ranges, S_kv)
     bad_low = torch.zeros_like(L, dtype=torch.bool) if min_len is None else L.lt(min_len)
     bad_high = torch.zeros_like(bad_low) if max_len is None else L.gt(max_len)
-    if L.numel() == 0 or not (bad_span.any() | bad_low.any() | bad_high.any()).item():
+    if not (bad_span.any() | bad_low.any() | bad_high.any()).item():
         return
     if bad_span.any():
         b, s, g, n = bad_span.nonzero()[0].tolist()
@@ -79,9 +80,10 @@ def validate(ranges: Tensor, S_kv: int, min_len: int | None = None, max_len: int
             f"ranges: value is [{start}, {end}) in row (b={b}, s={s}, g={g}), span {n}, "
             f"expected both ends in [0, {S_kv}]"
         )
-    name, bad, bound = ("min_len", bad_low, min_len) if bad_low.any() else ("max_len", bad_high, max_len)
+    name, bad, bound, relation = "max_len", bad_high, max_len, "at least"
+    if bad_low.any():
+        name, bad, bound, relation = "min_len", bad_low, min_len, "at most"
     b, s, g = bad.nonzero()[0].tolist()
-    relation = "at most" if name == "min_len" else "at least"
     raise ValueError(
         f"{name}: value is {bound}, expected {relation} {int(L[b, s, g])}, the length of row (b={b}, s={s}, g={g})"
     )
@@ -103,7 +105,7 @@ def varlen_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Te
     q [N, H, D], k [T, D], v [T, Dv], cu_seqlens int32 or int64 [N+1] → q [1, N, 1, H, D], k [1, 1, T, D],
     v [1, 1, T, Dv], ranges [1, N, 1, 1, 2] with span (cu_seqlens[i], cu_seqlens[i+1]) in row i.
     """
-    ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=-1).view(1, -1, 1, 1, 2)
+    ranges = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=1).view(1, -1, 1, 1, 2)
     return q[None, :, None], k[None, None], v[None, None], ranges
 
 

@@ -1,5 +1,8 @@
 """The regression rule, on synthetic runs."""
 
+import dataclasses
+import itertools
+
 import pytest
 from run_files import as_run, bench, save
 
@@ -63,6 +66,336 @@ def test_overlapping_quartiles_are_noise():
     assert verdict(result) == {"noise": 1}
     assert "quartiles overlap" in result.text()
     assert verdict(compare_one(100.0, 115.0, new={"q1": 102.1e-6})) == {"regressions": 1}
+
+
+# ---- Each border exactly: times that a float holds, so that "at the border" and "past it" are two different numbers.
+
+
+def at(us, q1=None, q3=None, low=None, high=None, case=CASE, method="triton", **host):
+    """Return a timing without spread but for the ends that are given."""
+    return runs.Timing(case, method, us, q1 or us, q3 or us, (low or us, high or us), **host)
+
+
+def compare_timings(old, new, old_tick=0.0, new_tick=0.0):
+    environment = dict.fromkeys(runs.IDENTITY, "same")
+    before = runs.Run("old", {timing.key: timing for timing in old}, environment, old_tick)
+    return rule.compare(before, runs.Run("new", {timing.key: timing for timing in new}, environment, new_tick))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (at(10), at(11), {}),  # 10 %
+        (at(10), at(11.01), {"regressions": 1}),
+        (at(11), at(10), {}),
+        (at(11.01), at(10), {"improvements": 1}),
+        (at(3), at(3.5), {"noise": 1}),  # 0.5 us
+        (at(3), at(3.51), {"regressions": 1}),
+        (at(3.5), at(3), {}),
+        (at(3.51), at(3), {"improvements": 1}),
+        (at(40), at(46, low=44, high=52), {"noise": 1}),  # 3/4 of 8 us, wherever the interval lies
+        (at(40), at(46, low=46, high=54), {"noise": 1}),
+        (at(40), at(46, low=38, high=46), {"noise": 1}),
+        (at(40, low=38, high=46), at(46), {"noise": 1}),
+        (at(40, low=3, high=11), at(46), {"noise": 1}),
+        (at(40), at(46.1, low=44, high=52), {"regressions": 1}),
+        (at(40, low=38, high=46), at(46.1), {"regressions": 1}),
+        (at(40, low=38, high=46), at(46.1, low=44, high=52), {"regressions": 1}),  # the wider, not their sum
+        (at(46, low=44, high=52), at(40), {}),
+        (at(46.1, low=44, high=52), at(40), {"improvements": 1}),
+        (at(40, q3=44), at(48, q1=44), {"noise": 1}),  # quartiles that touch overlap
+        (at(40, q3=44), at(48, q1=44.1), {"regressions": 1}),
+        (at(48, q1=44), at(40, q3=44), {}),
+        (at(48, q1=44.1), at(40, q3=44), {"improvements": 1}),
+    ],
+)
+def test_a_change_counts_past_every_border_and_not_at_it(old, new, expected):
+    result = compare_timings([old], [new])
+    assert verdict(result) == expected
+    assert result.exit_code == ("regressions" in expected)
+
+
+@pytest.mark.parametrize("ticks", [(1.0, 0.25), (0.25, 1.0)])
+def test_a_change_of_the_coarser_tick_is_noise(ticks):
+    assert verdict(compare_timings([at(3)], [at(4)], *ticks)) == {"noise": 1}
+    assert verdict(compare_timings([at(3)], [at(4.01)], *ticks)) == {"regressions": 1}
+    alerted = compare_timings([at(3)], [at(5)], *ticks)
+    assert verdict(rule.confirm(alerted, {at(4).key: at(4)})) == {}
+    assert verdict(rule.confirm(alerted, {at(4).key: at(4.01)})) == {"regressions": 1}
+
+
+def test_noise_says_by_how_much_it_is_within_what():
+    (change,) = compare_timings([at(40)], [at(46, low=44, high=53)]).noise
+    assert "6.00 us is within the noise of 6.75 us" in change.text()
+
+
+@pytest.mark.parametrize(
+    ("old_us", "new_us", "warned"),
+    [(10, 12, 0), (10, 12.01, 1), (10, 30, 1), (20, 22, 0), (20, 22.01, 1), (40, 44, 0), (40, 44.01, 1)],
+)
+@pytest.mark.parametrize("what", ("call_us", "graph_us"))
+def test_call_and_graph_time_warn_past_ten_per_cent_and_two_microseconds(what, old_us, new_us, warned):
+    result = compare_timings([at(5, **{what: old_us})], [at(5, **{what: new_us})])
+    assert len(result.warnings) == warned
+    assert result.exit_code == 0
+    for change in result.warnings:
+        assert (change.case, change.method, change.old_us, change.new_us) == (CASE, "triton", old_us, new_us)
+        assert change.change == pytest.approx(new_us / old_us - 1)
+
+
+@pytest.mark.parametrize("old, new", [({"call_us": 10}, {}), ({}, {"call_us": 90}), ({"graph_us": 1}, {"call_us": 90})])
+def test_host_time_that_one_run_lacks_warns_of_nothing(old, new):
+    assert not compare_timings([at(5, **old)], [at(5, **new)]).warnings
+
+
+@pytest.mark.parametrize(
+    ("sdpa_us", "moved"), [(1030.1, True), (1029.9, False), (1000, False), (970.1, False), (969.9, True)]
+)
+def test_three_per_cent_of_the_sdpa_cases_is_a_moved_machine(sdpa_us, moved):
+    result = compare_timings([at(1000, method="packed_sdpa")], [at(sdpa_us, method="packed_sdpa")])
+    assert result.moved == moved
+    assert ("environment shift" in result.text()) == moved
+
+
+def test_triton_alone_says_nothing_of_the_machine():
+    result = compare_timings([at(1000)], [at(2000)])
+    assert result.sdpa_ratio is None
+    assert not result.moved
+
+
+def test_the_machine_has_moved_by_the_median_of_every_sdpa_method():
+    us = {"packed_sdpa": 102, "packed_sdpa_compiled": 120, "sdpa_core": 105}
+    result = compare_timings([at(100, method=m) for m in us], [at(new, method=m) for m, new in us.items()])
+    assert result.sdpa_ratio == 1.05
+
+
+def test_a_moved_machine_scales_the_whole_timing_by_the_partners_change():
+    partners = [at(100, method="packed_sdpa")], [at(200, method="packed_sdpa")]
+    for new, expected in (
+        (at(23, q1=22.1), {"regressions": 2}),  # 11.5 on the old machine, its first quartile at 11.05
+        (at(23, q1=22), {"regressions": 1, "noise": 1}),
+        (at(22.2, q1=22.1, low=22, high=22.5), {"regressions": 2}),
+        (at(22.2, q1=22.1, low=21, high=24.3), {"regressions": 1, "noise": 1}),  # 1.65 wide on the old machine
+        (at(18, q3=19), {"regressions": 1, "improvements": 1}),
+    ):
+        result = compare_timings([*partners[0], at(10, q3=11, low=10, high=10)], [*partners[1], new])
+        assert verdict(result) == expected, new
+    (change,) = result.improvements
+    assert (change.old_us, change.new_us, change.speedups) == (10, 18, (10, 200 / 18))
+    assert change.change == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("others", (["packed_sdpa"], ["packed_sdpa_compiled"], ["packed_sdpa", "packed_sdpa_compiled"]))
+def test_the_speed_up_is_over_plain_sdpa_or_else_over_compiled_sdpa(others):
+    old = [at(100 + at_, method=method) for at_, method in enumerate(others)]
+    new = [at(200 + at_, method=method) for at_, method in enumerate(others)]
+    result = compare_timings([*old, at(8)], [*new, at(30)])
+    (change,) = [change for change in result.regressions if change.method == "triton"]
+    assert change.speedups == (12.5, pytest.approx(20 / 3))
+    assert set(rule.to_measure_again(result)) >= {(CASE, "triton"), (CASE, others[0])}
+
+
+def test_a_partner_counts_only_if_both_runs_have_it():
+    one, other = at(100, method="packed_sdpa"), at(100, method="packed_sdpa_compiled")
+    moved = [at(100, case="b", method="sdpa_core")], [at(110, case="b", method="sdpa_core")]
+    result = compare_timings([*moved[0], one, at(10)], [*moved[1], other, at(11)])
+    assert result.moved
+    assert verdict(result) == {}
+    result = compare_timings([*moved[0], one, at(10)], [*moved[1], other, at(12)])
+    assert [change.speedups for change in result.regressions] == [None]
+    assert rule.to_measure_again(result) == [(CASE, "triton")]
+
+
+def test_the_worst_stands_first_and_the_best_too():
+    slower = {"a": 120, "b": 150, "c": 130}
+    old = [at(100, case=case, call_us=100) for case in slower]
+    new = [at(us, case=case, call_us=us) for case, us in slower.items()]
+    worse, better = compare_timings(old, new), compare_timings(new, old)
+    assert [change.case for change in worse.regressions] == ["b", "c", "a"]
+    assert [change.case for change in worse.warnings] == ["b", "c", "a"]
+    assert [change.case for change in better.improvements] == ["b", "c", "a"]
+    noisy = compare_timings(old, [dataclasses.replace(timing, q1_us=90) for timing in new])
+    assert [change.case for change in noisy.noise] == ["b", "c", "a"]
+    assert rule.to_measure_again(worse) == [("b", "triton"), ("c", "triton"), ("a", "triton")]
+    fresh = {(case, "triton"): at(us, case=case) for case, us in (("a", 140), ("b", 115))}
+    again = rule.confirm(worse, fresh)
+    assert [(change.case, change.note) for change in again.regressions] == [
+        ("a", ""),
+        ("c", "not measured again"),
+        ("b", ""),
+    ]
+    assert [(change.new_us, change.again_us) for change in again.regressions] == [(120, 140), (130, None), (150, 115)]
+    cleared = rule.confirm(worse, {(case, "triton"): at(us, case=case) for case, us in (("a", 109), ("b", 90))})
+    assert [(change.case, change.again_us) for change in cleared.cleared] == [("a", 109), ("b", 90)]
+    assert [change.case for change in cleared.regressions] == ["c"]
+
+
+# ---- What is printed
+
+
+def lines_of(text, title):
+    """Return the indented lines under a title."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(title)) + 1
+    return list(itertools.takewhile(lambda line: line.startswith("  "), lines[start:]))
+
+
+@pytest.mark.parametrize(
+    ("title", "shown", "old", "new"),
+    [
+        ("improvements", 10, {"us": 20}, {"us": 10}),
+        ("noise", 10, {"us": 20}, {"us": 30, "q1": 10}),
+        ("warnings", 10, {"us": 20, "call_us": 10}, {"us": 20, "call_us": 20}),
+        ("new, not judged", 10, None, {"us": 20}),
+        ("MISSING", 30, {"us": 20}, None),
+    ],
+)
+def test_long_lists_are_cut_and_say_by_how_much(title, shown, old, new):
+    for cases in (shown, 2 * shown + 2):
+        either = [[at(**us, case=f"case{number:02}") for number in range(cases) if us] for us in (old, new)]
+        listed = lines_of(compare_timings(*either).text(), title)
+        assert all(line.startswith("  case") for line in listed[:shown])
+        assert listed[shown:] == ([] if cases == shown else [f"  ... and {shown + 2} more"])
+
+
+def test_every_regression_is_printed():
+    old, new = ([at(us, case=f"case{number}") for number in range(300)] for us in (10, 20))
+    text = compare_timings(old, new).text()
+    assert "REGRESSIONS (300)" in text
+    assert len(lines_of(text, "REGRESSIONS")) == 300
+
+
+def test_more_than_ten_cleared_alerts_are_cut():
+    old, new = ([at(us, case=f"case{number}") for number in range(12)] for us in (10, 20))
+    cleared = rule.confirm(compare_timings(old, new), {timing.key: timing for timing in old})
+    assert lines_of(cleared.text(), "measured again, not slower")[9:] == [
+        "  case9 triton  10.00 us -> 20.00 us  again 10.00 us  +0.0 %",
+        "  ... and 2 more",
+    ]
+
+
+def test_counts_and_faults_are_summed_up():
+    old = [at(10, case=case) for case in "abcd"]
+    text = compare_timings(old, [at(20, case="a"), at(20, case="b"), at(10, case="e")]).text()
+    assert "2 timings compared, 1 new, 2 missing" in text
+    assert text.endswith("verdict: FAIL, 2 slower, 2 missing")
+    assert compare_timings(old, []).text().endswith("verdict: FAIL, no case in common, 4 missing")
+    text = compare_timings(old, old).text()
+    assert text.endswith("verdict: pass, nothing got slower")
+    sections = ("REGRESSIONS", "MISSING", "improvements", "again", "noise", "warnings", "new, not judged")
+    for absent in (*sections, "note", "environment"):
+        assert absent not in text
+
+
+def test_the_head_names_both_runs_and_their_dates():
+    old = as_run([bench("a", "triton", 9)], datetime="2026-01-02T03:04:05+00:00")
+    text = rule.compare(old, as_run([bench("a", "triton", 9)])).text()
+    assert text.splitlines()[0] == "nsa_sel: a run (2026-01-02T03:04) -> a run"
+
+
+def test_runs_that_are_no_good_baseline_are_named():
+    whole = as_run([bench("a", "triton", 9)])
+    cut = dataclasses.replace(whole, name="cut short", interrupted=True)
+    slow = dataclasses.replace(whole, name="slow", regressions=("a triton", "b triton"))
+    for old, new in ((cut, whole), (whole, cut)):
+        assert "note: cut short was interrupted and lacks cases" in rule.compare(old, new).text()
+    assert rule.compare(cut, cut).text().count("interrupted") == 2
+    assert "saved with 2 confirmed regressions" in rule.compare(slow, whole).text()
+    assert "confirmed" not in rule.compare(whole, slow).text()
+
+
+def test_only_what_differs_between_the_machines_is_named():
+    text = compare_one(100.0, 100.0, new={"driver": "590.1", "torch": "2.10.0"}).text()
+    changed = [line for line in text.splitlines() if line.startswith("environment changed")]
+    assert changed == ["environment changed: driver 580.1 -> 590.1", "environment changed: torch 2.11.0 -> 2.10.0"]
+    other_gpu = compare_one(100.0, 100.0, new={"gpu": "NVIDIA L4"}).text()
+    assert "environment changed" not in other_gpu
+    assert "FAIL, different GPU" in other_gpu
+
+
+def test_another_gpu_is_said_rather_than_a_moved_machine():
+    gpus = {"NVIDIA H200": 10, "NVIDIA L4": 20}
+    old, new = (as_run([bench("a", "packed_sdpa", us, gpu=gpu)]) for gpu, us in gpus.items())
+    text = rule.compare(old, new).text()
+    assert "DIFFERENT GPU: NVIDIA H200 -> NVIDIA L4" in text
+    assert "environment shift" not in text
+
+
+def test_results_cannot_be_changed():
+    result = compare_one(100.0, 115.0)
+    for held in (result, result.regressions[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            held.old = held.case = None
+
+
+# ---- nsa-sel compare
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Return a function that saves a run of one case where `nsa-sel compare` looks for runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def store(name, us, gpu="NVIDIA H200", system="Linux", **more):
+        folder = tmp_path / ".benchmarks" / f"{system}-{gpu.replace(' ', '-')}"
+        return save(folder, name, [bench("a", "triton", us, gpu=gpu)], f"2026-01-01T00:00:{name[2:4]}", **more)
+
+    return store
+
+
+def test_the_latest_run_is_compared_with_the_baseline_of_its_gpu(stored, capsys):
+    assert compare_command.main([]) == 2
+    assert "no saved run" in capsys.readouterr().err
+    stored("0001_baseline", 100)
+    assert compare_command.main([]) == 2
+    assert "the latest run is the baseline itself" in capsys.readouterr().err
+    stored("0002_x", 115)
+    stored("0003_x", 116)
+    stored("0001_baseline", 10, gpu="NVIDIA L4")
+    assert compare_command.main([]) == 1
+    assert "a triton  100.00 us -> 116.00 us" in capsys.readouterr().out
+    assert compare_command.main(["--sel-baseline", "0002"]) == 0
+    assert "/0002_x.json" in capsys.readouterr().out
+
+
+def test_without_a_named_baseline_the_latest_clean_run_before_is_taken(stored, capsys):
+    stored("0001_x", 100)
+    assert compare_command.main([]) == 2
+    assert "no earlier run" in capsys.readouterr().err
+    stored("0002_x", 115, nsa_sel={"regressions": ["a triton"]})
+    stored("0003_x", 115)
+    assert compare_command.main([]) == 1
+    assert "/0001_x.json" in capsys.readouterr().out
+
+
+def test_the_baseline_may_stem_from_another_system(stored, capsys):
+    stored("0001_baseline", 100, system="Windows")
+    stored("0002_x", 115)
+    assert compare_command.main([]) == 1
+    assert "Windows-NVIDIA-H200/0001_baseline.json" in capsys.readouterr().out
+
+
+def test_two_named_runs_are_compared_as_old_and_new(stored, capsys):
+    stored("0001_x", 100)
+    stored("0002_x", 115)
+    assert compare_command.main(["0001", "0002"]) == 1
+    text = capsys.readouterr().out
+    assert "a triton  100.00 us -> 115.00 us" in text
+    assert "environment" not in text
+    assert compare_command.main(["0002", "0001"]) == 0
+    assert compare_command.main(["0001", "0009"]) == 2
+    assert capsys.readouterr().err.startswith("nsa-sel compare: 0009")
+
+
+@pytest.mark.parametrize("arguments", (["0001"], ["0001"] * 3, ["0001", "0001", "--sel-baseline", "0001"]))
+def test_other_arguments_are_refused(stored, arguments, capsys):
+    stored("0001_x", 100)
+    with pytest.raises(SystemExit, match="2"):
+        compare_command.main(arguments)
+    assert "nsa-sel compare: error" in capsys.readouterr().err
+
+
+# ---- On the whole
 
 
 def test_medians_decide_and_means_do_not():

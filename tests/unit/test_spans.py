@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -42,15 +43,27 @@ def check_against_lists(rows: list[list[tuple[int, int]]], S_kv: int, dtype: tor
     assert spans.lengths(ranges, S_kv).flatten().tolist() == [len(row) for row in packed]
 
     max_len = max(map(len, packed)) + extra
-    index, valid = spans.token_index(ranges, S_kv, max_len)
-    assert index.dtype == torch.int64
-    assert valid.dtype == torch.bool
-    assert index.shape == valid.shape == (*ranges.shape[:3], max_len)
-    for row, (row_index, row_valid) in enumerate(zip(*(x.flatten(0, 2).tolist() for x in (index, valid)), strict=True)):
-        L = len(packed[row])
-        assert row_valid == [True] * L + [False] * (max_len - L)
-        assert row_index[:L] == packed[row]
-        assert set(row_index[L:]) <= (set(packed[row]) or set(range(S_kv))), "padding must repeat a token of the row"
+    for index, valid in both_ways(ranges, S_kv, max_len):
+        assert index.dtype == torch.int64
+        assert valid.dtype == torch.bool
+        assert index.shape == valid.shape == (*ranges.shape[:3], max_len)
+        assert valid.flatten(0, 2).tolist() == [[at < len(row) for at in range(max_len)] for row in packed]
+        for row, row_index in zip(packed, index.flatten(0, 2).tolist(), strict=True):
+            padding = row_index[len(row) :]
+            assert row_index[: len(row)] == row
+            if row:
+                assert set(padding) <= {row[-1]}
+            else:
+                assert all(0 <= t < S_kv for t in padding)
+
+
+def both_ways(ranges: torch.Tensor, S_kv: int, max_len: int, **options: bool) -> list[tuple[torch.Tensor, ...]]:
+    """Return token_index's result as called and as torch.compile traces it, where it takes another path."""
+    results = []
+    for compiling in (False, True):
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=compiling):
+            results.append(spans.token_index(ranges, S_kv, max_len, **options))
+    return results
 
 
 @st.composite
@@ -83,16 +96,42 @@ def test_every_pair_of_spans_over_four_tokens():
 
 def test_rows_belong_to_their_batch_token_and_group():
     ranges = torch.arange(2 * 3 * 4 * 2).view(2, 3, 4, 1, 2)  # every row another span of one token
-    index, valid = spans.token_index(ranges, 100, 1)
-    assert valid.all()
-    assert index.flatten().tolist() == list(range(0, 48, 2))
+    for index, valid in both_ways(ranges, 100, 1):
+        assert valid.all()
+        assert index.flatten().tolist() == list(range(0, 48, 2))
 
 
 def test_rows_of_one_length_need_no_padding():
     rows = [[(0, 3), (7, 9)], [(9, 10), (1, 5)]]
-    index, valid = spans.token_index(as_ranges(rows), 10, 5, ragged=False)
+    for index, valid in both_ways(as_ranges(rows), 10, 5, ragged=False):
+        assert valid.all()
+        assert index.flatten(0, 2).tolist() == [tokens(row, 10) for row in rows]
+
+
+def test_rows_that_break_the_promise_of_one_length_still_index_the_context():
+    rows = [[(0, 3), (7, 9)], [(9, 10), (8, 10)], [(10, 10), (4, 4)]]
+    for index, valid in both_ways(as_ranges(rows), 10, 5, ragged=False):
+        assert valid.sum(-1).flatten().tolist() == [5, 3, 0]
+        assert 0 <= int(index.min()) <= int(index.max()) < 10
+        assert index[0, :2, 0, :3].tolist() == [[0, 1, 2], [9, 8, 9]]
+
+
+@pytest.mark.filterwarnings("default")  # what the compiler warns of is not ours
+@pytest.mark.parametrize("ragged", (True, False))
+def test_compiled_token_index_matches_plain_lists(ragged):
+    rows = [[(6, 9), (0, 2), (1, 4)], [(2, 2), (0, 8), (5, 3)]]
+    compiled = torch.compile(spans.token_index, fullgraph=True, backend="eager")
+    index, valid = compiled(as_ranges(rows), S_kv=9, max_len=8, ragged=ragged)
     assert valid.all()
-    assert index.flatten(0, 2).tolist() == [tokens(row, 10) for row in rows]
+    assert index.flatten(0, 2).tolist() == [tokens(row, 9) for row in rows]
+
+
+def test_nothing_is_searched_in_a_compiled_graph_nor_for_a_single_span():
+    several, single = as_ranges([[(6, 9), (0, 2)], [(2, 2), (0, 5)]]), as_ranges([[(6, 9)], [(2, 7)]])
+    with mock.patch.object(torch, "searchsorted", side_effect=AssertionError):
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            spans.token_index(several, 9, 5)
+        spans.token_index(single, 9, 5)
 
 
 def test_a_batch_without_rows_or_spans_is_valid():
@@ -101,12 +140,14 @@ def test_a_batch_without_rows_or_spans_is_valid():
         assert spans.lengths(ranges, 8).tolist() == torch.zeros(shape[:3], dtype=torch.int64).tolist()
         index, valid = spans.token_index(ranges, 8, 2)
         assert index.shape == valid.shape == (*shape[:3], 2)
+        assert (index.dtype, valid.dtype) == (torch.int64, torch.bool)
+        assert not index.any()
         assert not valid.any()
         spans.validate(ranges, 8, 0, 8)
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-@pytest.mark.parametrize("span", ((-1, 2), (0, 9), (9, 9), (INT32.min, 4), (0, INT32.max)))
+@pytest.mark.parametrize("span", ((-1, 2), (0, 9), (9, 9), (8, -1), (INT32.min, 4), (0, INT32.max)))
 def test_validate_names_the_first_bad_row_and_span(span, dtype):
     ranges = torch.tensor([0, 8], dtype=dtype).expand(2, 3, 2, 4, 2).clone()
     spans.validate(ranges, 8)
@@ -117,6 +158,13 @@ def test_validate_names_the_first_bad_row_and_span(span, dtype):
     assert f"[{span[0]}, {span[1]})" in str(caught.value)
 
 
+def test_a_context_past_int32_is_no_limit_to_int32_ranges():
+    ranges = as_ranges([[(5, INT32.max)]], torch.int32)
+    spans.validate(ranges, 2**33, 0, 2**31)
+    starts, ends = spans.clamp(ranges, 2**33)
+    assert (starts.item(), ends.item()) == (5, 2**31 - 1)
+
+
 def test_validate_accepts_an_end_before_its_start():
     spans.validate(as_ranges([[(5, 2), (8, 8), (0, 0)]]), 8, 0, 0)
 
@@ -125,10 +173,22 @@ def test_validate_checks_both_length_hints():
     ranges = as_ranges([[(0, 4)], [(0, 2)], [(1, 8)]])
     spans.validate(ranges, 8, 2, 7)
     spans.validate(ranges, 8, 0, 100)
+    spans.validate(ranges, 8, min_len=2)
+    spans.validate(ranges, 8, max_len=7)
     with pytest.raises(ValueError, match=r"min_len: value is 3, expected at most 2.*row \(b=0, s=1, g=0\)"):
         spans.validate(ranges, 8, 3, 7)
     with pytest.raises(ValueError, match=r"max_len: value is 6, expected at least 7.*row \(b=0, s=2, g=0\)"):
         spans.validate(ranges, 8, 2, 6)
+    with pytest.raises(ValueError, match=r"min_len: value is 5, expected at most 4.*row \(b=0, s=0, g=0\)"):
+        spans.validate(ranges, 8, 5, 6)  # both hints are wrong, and two rows are too short
+    with pytest.raises(ValueError, match=r"max_len: value is 1, expected at least 4.*row \(b=0, s=0, g=0\)"):
+        spans.validate(ranges, 8, 0, 1)
+    with pytest.raises(ValueError, match=r"ranges: value is \[1, 8\)"):
+        spans.validate(ranges, 7, min_len=3)  # a span outside the context and a row that is too short
+    with pytest.raises(ValueError, match="min_len: value is 3"):
+        spans.validate(ranges, 8, min_len=3)
+    with pytest.raises(ValueError, match="max_len: value is 6"):
+        spans.validate(ranges, 8, max_len=6)
 
 
 def test_dense_rows_are_one_full_span_each():
@@ -166,3 +226,16 @@ def test_block_ranges_are_blocks_cut_at_the_context():
             whole = [range(16 * n, 16 * n + 16) if n >= 0 else () for n in (0, 2, -1, 1, 3)]
             expected = [[t for t in block if t < limit] for block in whole]
             assert [list(range(*span)) for span in ranges[b, 0, 0].tolist()] == expected
+
+
+@pytest.mark.parametrize("context", (0, 41))
+def test_a_block_that_was_not_selected_is_an_empty_span_of_every_context(context):
+    ranges = spans.block_ranges(torch.tensor([-1, -7]).view(1, 1, 1, 2), 16, context)
+    spans.validate(ranges, context, 0, 0)
+
+
+def test_block_numbers_past_int32_positions_are_beyond_every_context():
+    ranges = spans.block_ranges(torch.tensor([2**26], dtype=torch.int32).view(1, 1, 1, 1), 64, 2**31 - 1)
+    assert ranges.dtype == torch.int32
+    assert ranges.flatten().tolist() == [2**31 - 1] * 2
+    assert spans.lengths(ranges, 2**31 - 1).item() == 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold import rule
 from nsa_sel.bench.threshold import write as write_threshold
-from nsa_sel.bench.threshold.rule import Decision, ThresholdError
+from nsa_sel.bench.threshold.rule import Decision, Threshold, ThresholdError, Verdict
 from nsa_sel.config import SelConfig
 
 
@@ -230,6 +233,9 @@ def test_a_run_with_planted_slow_downs_is_refused(tmp_path):
 def test_a_run_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ThresholdError, match="no GPU figures"):
         decide(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))
+    with pytest.raises(ThresholdError, match="no GPU figures"):
+        decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "cpu"}))
+    assert decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "gfx942"})).gpu == "gfx942"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"benchmarks": [1]}', '{"benchmarks": []}'])
@@ -239,6 +245,279 @@ def test_damaged_json_ends_in_one_line_and_exit_code_2(tmp_path, capsys, content
     assert threshold_command.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "0001_broken.json" in line
+
+
+# ---- The rule on verdicts written out: (L, bound), (L, bound, longest row) or (L, what is missing)
+
+
+def threshold(*verdicts: tuple, regime: str = "rows", launch: str = "eager") -> Threshold:
+    """Return a threshold of verdicts whose case is named by its L, its place and what it has."""
+    return Threshold(regime, launch, "bf16", tuple(written_out(at, *each) for at, each in enumerate(verdicts)))
+
+
+def written_out(at: int, L: int, bound: float | str | None, longest: int | None = None) -> Verdict:
+    problem = bound if isinstance(bound, str) else ""
+    return Verdict(f"case{at}", "rows", L, longest or L, None if problem else bound, None, problem)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "min_L", "deciding"),
+    [
+        ([(16, 3.0), (32, 2.0), (64, 2.5)], 16, "case1"),  # nothing fails: the one closest to failing
+        ([(1, 3.0), (2, 3.0)], 1, "case0"),
+        ([(16, 1.0), (32, 1.2), (64, 1.3)], 32, "case0"),  # 1.2x is enough
+        ([(16, 1.0), (32, 1.1999), (64, 1.3)], 64, "case1"),
+        ([(16, 3.0), (32, 3.0), (64, 1.1999)], None, "case2"),
+        ([(32, 1.1), (32, 0.9), (32, 1.0), (16, 0.5), (64, 3.0)], 64, "case1"),  # the worst of the longest that fail
+        ([(32, 0.9), (32, "missing"), (64, 3.0)], 64, "case1"),  # what is missing is worse than slow
+        ([(32, None), (32, 0.9), (64, 3.0)], 64, "case0"),
+        ([(16, 1.0, 63), (64, 3.0), (128, 3.0)], 64, "case0"),  # ragged rows up to 63, 64 and 65 tokens
+        ([(16, 1.0, 64), (64, 3.0), (128, 3.0)], 128, "case0"),
+        ([(16, 1.0, 65), (64, 3.0), (128, 3.0)], 128, "case0"),
+        ([(16, 1.1, 128), (64, 1.0), (256, 3.0)], 256, "case0"),  # the longest row, not the largest L
+        ([(16, 3.0, 64), (64, 3.0)], 16, "case0"),
+        ([(16, 1.0), (16, 3.0), (32, 3.0)], 32, "case0"),
+    ],
+)
+def test_the_threshold_is_the_shortest_length_above_every_failing_row(verdicts, min_L, deciding):
+    assert threshold(*verdicts).min_L == min_L
+    assert threshold(*verdicts).deciding.case == deciding
+
+
+def test_failing_cases_are_slow_or_missing():
+    found = threshold((16, 3.0), (16, 1.1), (32, "not measured"), (32, None))
+    assert [v.case for v in found.failing] == ["case1", "case2", "case3"]
+    assert [v.case for v in found.missing] == ["case2"]
+    assert [v.case for v in found.too_slow] == ["case1", "case3"]
+    assert found.by_length() == [(16, list(found.verdicts[:2])), (32, list(found.verdicts[2:]))]
+    assert [length for length, _ in threshold((64, 3.0), (16, 3.0), (32, 3.0)).by_length()] == [16, 32, 64]
+
+
+def test_a_verdict_says_its_bound_or_what_is_missing():
+    assert str(written_out(0, 16, 1.234)) == "case0: lower bound 1.23x"
+    assert str(written_out(0, 16, "no call time")) == "case0: no call time"
+    assert not Verdict("case0", "rows", 16, 16, 3.0, 3.0, "no call time").ok
+
+
+def decision_of(*found: Threshold) -> Decision:
+    return Decision("a GPU", "2026-01-01", "full", (), found)
+
+
+def test_the_largest_limited_regime_decides():
+    slow = (threshold((16, 1.0), (32, 3.0)), threshold((64, 1.0), (128, 3.0)), threshold((16, 1.1), (32, 3.0)))
+    assert decision_of(*slow).min_L == 128
+    assert decision_of(*slow).deciding_threshold is slow[1]
+    fast = threshold((512, 2.0))
+    assert decision_of(slow[0], fast).min_L == 32
+    assert decision_of(slow[0], fast).deciding_threshold is slow[0]
+    never = threshold((8, 1.0))
+    assert decision_of(*slow, never).min_L is None
+    assert decision_of(*slow, never).deciding_threshold is never
+    assert decision_of(never, *slow).deciding_threshold is never
+
+
+def test_without_a_failing_case_the_shortest_tested_length_is_switched_on():
+    fast = threshold((16, 3.0), (32, 2.0)), threshold((512, 1.5)), threshold((128, 2.5))
+    assert decision_of(*fast).min_L == 16
+    assert decision_of(*fast).deciding_threshold is fast[1]  # the case closest to failing
+
+
+def test_only_eager_launches_decide():
+    lengths = {"eager": 16, "graph": 64, "device": 256}
+    eager, graph, device = (threshold((L, 1.0), (2 * L, 3.0), launch=launch) for launch, L in lengths.items())
+    assert decision_of(graph, eager, device).deciding == [eager]
+    assert decision_of(graph, eager, device).min_L == 32
+    assert decision_of(graph, device).min_L is None
+
+
+def test_a_verdict_a_threshold_and_a_decision_cannot_be_changed(tmp_path):
+    found = threshold((16, 3.0))
+    saved = Saved.load(synthetic.save(synthetic.run(DECODE[:1]), tmp_path / "0001_run.json"))
+    for held in (found, found.verdicts[0], decision_of(found), saved):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            held.verdicts = held.bound = held.run = None
+
+
+# ---- What a run's figures say of one case
+
+
+HOT, COLD = first("rows", 16), next(c for c in DECODE if not c.hot)
+TIMES = {"triton": (10, 9, 12), "packed_sdpa": (30, 24, 40), "packed_sdpa_compiled": (20, 15, 26)}  # median, 95 % CI
+
+
+def measured(times: dict[str, tuple[float, float, float]], case: Case = HOT, kind: str = "call") -> dict:
+    """Return a run of one case with these times of one kind; whatever else it holds is 3x."""
+    data = synthetic.run([case])
+    for entry in data["benchmarks"]:
+        median, *interval = times.get(entry["extra_info"]["method"], (1, 1, 1))
+        if kind == "device":
+            entry["stats"]["median"] = median / 1e6
+            entry["extra_info"]["ci95_us"] = interval
+        else:
+            entry["extra_info"] |= {f"{kind}_us": median, f"{kind}_ci95_us": interval}
+    return data
+
+
+def judge(tmp_path: Path, *documents: dict, case: Case = HOT, launch: str = "eager") -> Verdict:
+    paths = [synthetic.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
+    (verdict,) = rule.judge([case], [Saved.load(path) for path in paths], launch)
+    return verdict
+
+
+@pytest.mark.parametrize(("launch", "kind"), [("eager", "call"), ("graph", "graph"), ("device", "device")])
+def test_the_bound_is_the_faster_sdpa_forms_lower_end_over_tritons_upper_end(tmp_path, launch, kind):
+    verdict = judge(tmp_path, measured(TIMES, kind=kind), launch=launch)
+    assert verdict == Verdict(HOT.id, "rows", 16, 16, 15 / 12, pytest.approx(2))
+    swapped = TIMES | {"packed_sdpa": TIMES["packed_sdpa_compiled"], "packed_sdpa_compiled": TIMES["packed_sdpa"]}
+    assert judge(tmp_path, measured(swapped, kind=kind), launch=launch) == verdict
+    backwards = {method: (median, high, low) for method, (median, low, high) in TIMES.items()}
+    assert judge(tmp_path, measured(backwards, kind=kind), launch=launch) == verdict
+
+
+def test_the_lower_end_and_the_median_may_come_from_two_forms(tmp_path):
+    verdict = judge(tmp_path, measured(TIMES | {"packed_sdpa": (30, 13.2, 90)}))
+    assert (verdict.bound, verdict.speedup) == (pytest.approx(1.1), 2)
+
+
+def test_the_worst_run_counts_for_the_bound_and_for_the_speed_up(tmp_path):
+    runs = [measured(TIMES), measured(TIMES | {"triton": (11, 9, 11.5)}), measured(TIMES | {"triton": (8, 7, 12.5)})]
+    verdict = judge(tmp_path, *runs)
+    assert (verdict.bound, verdict.speedup) == (15 / 12.5, 20 / 11)
+    assert verdict.ok
+    assert judge(tmp_path, *runs[::-1]) == verdict
+
+
+def test_a_form_that_was_measured_counts_where_none_was_asked_for(tmp_path):
+    data = measured(TIMES, COLD)
+    assert judge(tmp_path, data, case=COLD).bound == 24 / 12
+    (extra,) = (copy.deepcopy(e) for e in data["benchmarks"] if e["extra_info"]["method"] == "packed_sdpa")
+    extra["extra_info"] |= {"method": "packed_sdpa_compiled", "call_us": 20, "call_ci95_us": [15, 26]}
+    data["benchmarks"].append(extra)
+    assert judge(tmp_path, data, case=COLD).bound == 15 / 12
+
+
+def without(data: dict, *methods: str) -> dict:
+    kept = [entry for entry in data["benchmarks"] if entry["extra_info"]["method"] not in methods]
+    return data | {"benchmarks": kept}
+
+
+@pytest.mark.parametrize(
+    ("documents", "problem"),
+    [
+        ([without(measured(TIMES), *TIMES)], "missing from every run"),  # only packed rows were timed
+        ([without(measured(TIMES), "triton")], "triton is missing from "),
+        ([measured(TIMES), without(measured(TIMES), "packed_sdpa")], "packed_sdpa is missing from "),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path, documents, problem):
+    verdict = judge(tmp_path, *documents)
+    assert verdict.problem.startswith(problem)
+    assert not verdict.ok
+    assert (verdict.bound, verdict.speedup, verdict.L) == (None, None, 16)
+
+
+@pytest.mark.parametrize("kind", ("call", "graph"))
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"us": None},
+        {"ci95_us": None},
+        {"ci95_us": 3.0},
+        {"ci95_us": [3.0]},
+        {"ci95_us": [3.0, 4.0, 5.0]},
+        {"ci95_us": [0, 4.0]},
+        {"ci95_us": [3.0, -1]},
+        {"ci95_us": [True, 4.0]},
+        {"ci95_us": ["3", 4.0]},
+        {"ci95_us": [3.0, math.nan]},
+        {"ci95_us": [3.0, math.inf]},
+    ],
+)
+def test_a_time_without_a_whole_interval_is_not_measured(tmp_path, kind, changed):
+    data = measured(TIMES, kind=kind)
+    data["benchmarks"][0]["extra_info"] |= {f"{kind}_{name}": value for name, value in changed.items()}
+    launch = {"call": "eager", "graph": "graph"}[kind]
+    method = data["benchmarks"][0]["extra_info"]["method"]
+    assert judge(tmp_path, data, launch=launch).problem.startswith(f"{method} has no {launch} time in ")
+    assert not judge(tmp_path, data, launch="device").problem
+
+
+@pytest.mark.parametrize(("interval", "expected"), [([0.5, 3], (10, 0.5, 3)), ([4, 2], (10, 2, 4))])
+def test_a_time_is_its_median_and_its_interval_in_order(tmp_path, interval, expected):
+    data = measured(TIMES)
+    data["benchmarks"][0]["extra_info"]["call_ci95_us"] = interval
+    saved = Saved.load(synthetic.save(data, tmp_path / "0001_run.json"))
+    assert saved.time_us((HOT.id, "triton"), "call") == expected
+    assert saved.time_us((HOT.id, "flex_attention"), "call") is None
+
+
+@pytest.mark.parametrize("mae", (None, "small", True, math.nan, math.inf))
+def test_a_case_without_a_parity_figure_is_not_judged(tmp_path, mae):
+    data = measured(TIMES)
+    for entry in data["benchmarks"]:
+        if entry["extra_info"]["method"] == "triton":
+            entry["extra_info"]["mae"] = mae
+    assert judge(tmp_path, data).problem.startswith("no parity figure (mae) in ")
+    assert judge(tmp_path, measured(TIMES), data).problem.endswith("/0001_run.json")
+
+
+@pytest.mark.parametrize("mae", (0, 0.0, 1e-4))
+def test_a_parity_figure_may_be_zero(tmp_path, mae):
+    data = measured(TIMES)
+    for entry in data["benchmarks"]:
+        entry["extra_info"]["mae"] = mae
+    assert judge(tmp_path, data).ok
+
+
+def test_a_ragged_case_reaches_to_its_longest_row_and_every_other_to_its_L(tmp_path):
+    # The longest of 64 ragged rows stands at 63.5 / 64 of a log-uniform law from 47 to 757 tokens.
+    for family, longest in (("rows", 256), ("ragged", 741), ("decode", 256), ("prefill", 512), ("long", 65_536)):
+        case = next(c for c in FULL if c.family == family and c.L >= 256)
+        assert judge(tmp_path, synthetic.run([case]), case=case).longest == longest
+        assert judge(tmp_path, synthetic.run([HOT]), case=case).longest == longest
+
+
+def test_a_saved_run_keeps_what_the_machine_and_the_commit_were(tmp_path):
+    data = synthetic.run([HOT])
+    path = tmp_path / "0001_run.json"
+    saved = Saved.load(str(synthetic.save(data, path)))
+    assert (saved.machine["node"], saved.commit) == ("synthetic", "c0ffee0123456789")
+    assert saved.run.name == f"{tmp_path.name}/0001_run.json"
+    assert saved.extras[HOT.id, "triton"]["family"] == "rows"
+    for machine, commit in (([], None), ({}, {"id": None})):
+        saved = Saved.load(synthetic.save(data | {"machine_info": machine, "commit_info": commit}, path))
+        assert (saved.machine, saved.commit) == ({}, "")
+
+
+def test_a_decision_names_its_gpu_matrix_and_newest_date(tmp_path):
+    days = ("2026-03-01T23:00:00+00:00", "2026-12-02T10:00:00+00:00", "2026-07-01T10:00:00+00:00")
+    decided = decide(tmp_path, *(synthetic.run(DECODE, when=day) for day in days))
+    assert (decided.gpu, decided.date, decided.matrix) == (synthetic.GPU, "2026-12-02", "full")
+    assert [one.run.datetime for one in decided.runs] == list(days)
+    assert len(decided.thresholds) == 9
+    assert decided.thresholds[0].regime == "rows"
+    assert decided.thresholds[0].launch == "eager"
+
+
+def test_a_run_without_dtypes_is_refused(tmp_path):
+    data = synthetic.run([HOT])
+    for entry in data["benchmarks"]:
+        entry["extra_info"]["dtype"] = "fp8"
+    with pytest.raises(ThresholdError, match="/0000_run.json: no benchmark in it names a dtype of bf16, fp16"):
+        decide(tmp_path, data, data)
+
+
+def test_the_matrix_can_be_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    path = synthetic.save(synthetic.run(cases.matrix("smoke")), tmp_path / "0001_run.json")
+    assert threshold_command.main([str(path), "--matrix", "smoke"]) == 0
+    assert f"{synthetic.GPU}, 2026-11-20, matrix smoke, 1 run(s)" in capsys.readouterr().out
+    assert threshold_command.main([str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "matrix full" in said
+    assert "Nothing is written." not in said
+    with pytest.raises(SystemExit, match="2"):
+        threshold_command.main([])
 
 
 # ---- --apply

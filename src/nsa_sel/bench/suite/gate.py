@@ -64,24 +64,24 @@ def check(
         return _failed("packed SDPA's own result is not finite, so it bounds nothing")
 
     leading = tuple(oracle.shape[:-2])
-    want = oracle.double().flatten(-2).reshape(-1, oracle.shape[-2] * oracle.shape[-1])  # [rows, H * Dv]
+    want = oracle.double().reshape(-1, oracle.shape[-2] * oracle.shape[-1])  # [rows, H * Dv]
     got = out.double().reshape(want.shape)
-    rounding = (want.to(dtype).double() - want).abs().mean(-1)
+    rounding = (want.to(dtype).double() - want).abs().mean(1)
     eps = torch.finfo(dtype).eps * (FP32_EPS_FACTOR * logit_factor if dtype == torch.float32 else 1.0)
     err = (got - want).abs()
-    row_mae, row_max = err.mean(-1), err.amax(-1)
-    mae_bound = 1.5 * rounding + 0.5 * eps * want.square().mean(-1).sqrt()
+    row_mae, row_max = err.mean(1), err.amax(1)
+    mae_bound = 1.5 * rounding + 0.5 * eps * want.square().mean(1).sqrt()
     max_bound = torch.full_like(row_max, float("inf"))
     if packed is not None:
-        packed_err = (packed.double().reshape(want.shape) - want).abs().amax(-1)
-        max_bound = 2 * packed_err + 2 * eps * want.abs().amax(-1)
+        packed_err = (packed.double().reshape(want.shape) - want).abs().amax(1)
+        max_bound = 2 * packed_err + 2 * eps * want.abs().amax(1)
 
     mae = float(row_mae.mean())
     batch_counts = dtype != torch.float32 and logit_factor == 1 and float(rounding.mean()) <= ROUNDING_DECIDES_ALONE
     batch_ok = not batch_counts or mae <= BATCH_MAE_BOUND
     # "not <=" rather than ">": a NaN must count as bad.
     bad = ~(row_mae <= mae_bound) | ~(row_max <= max_bound)
-    worst_at = int(row_max.nan_to_num(float("inf")).argmax())
+    worst_at = int(row_max.argmax())  # a NaN counts as the largest
     ok = batch_ok and not bool(bad.any())
     figures = f"MAE {mae:.3g}, max error {float(row_max[worst_at]):.3g}"
     message, bad_rows = figures, [tuple(row) for row in bad.reshape(leading).nonzero().tolist()]
@@ -90,7 +90,7 @@ def check(
         lines += [f"{len(bad_rows)} of {bad.numel()} rows are bad" + (", the first:" if bad_rows else "")]
         for indices, row in list(zip(bad_rows, bad.nonzero().flatten().tolist(), strict=True))[:ROWS_SHOWN]:
             judged = (x[row] for x in (got, want, err, mae_bound, max_bound))
-            lines.append(f"row {indices}: " + _describe(*judged, Dv=oracle.shape[-1]))
+            lines.append(f"row {indices}: " + _describe(oracle.shape[-1], *judged))
         message = "\n".join(lines)
     return GateResult(
         ok,
@@ -112,12 +112,12 @@ def _failed(message: str) -> GateResult:
 def _worst_ratio(value: Tensor, bound: Tensor) -> float:
     """Return the largest value / bound; 0 / 0 is 0 (an exact row), anything not finite is inf."""
     ratio = torch.where(value == 0, 0.0, value / bound)
-    return float(ratio.nan_to_num(float("inf")).max())
+    return float(ratio.nan_to_num(float("inf"), posinf=float("inf")).max())
 
 
-def _describe(got: Tensor, want: Tensor, err: Tensor, mae_bound: Tensor, max_bound: Tensor, *, Dv: int) -> str:
+def _describe(Dv: int, got: Tensor, want: Tensor, err: Tensor, mae_bound: Tensor, max_bound: Tensor) -> str:
     """Say how bad one row is and what stands at its worst element."""
-    at = int(err.nan_to_num(float("inf")).argmax())
+    at = int(err.argmax())
     not_finite = int((~got.isfinite()).sum())
     return (
         f"MAE {float(err.mean()):.3g} (bound {float(mae_bound):.3g}), "

@@ -69,7 +69,7 @@ class Threshold:
     @property
     def min_L(self) -> int | None:
         """Return the smallest tested L above the rows of every failing case; None if there is none."""
-        blocked = max((v.longest for v in self.failing), default=-1)
+        blocked = max((v.longest for v in self.failing), default=0)
         return min((v.L for v in self.verdicts if blocked < v.L), default=None)
 
     @property
