@@ -93,9 +93,9 @@ def test_large_tiles_pass_where_they_fit_and_spills_where_they_are_only_shown():
 
 
 def test_every_two_traits_that_occur_together_are_compiled_together():
-    every = list(
-        dict.fromkeys(aot_variants.chosen(89, "bf16", shape, 128) for shape in aot_variants._all_shapes()[::31])
-    )
+    _, gpu = aot_variants.ARCHITECTURES[89]
+    shapes = aot_variants._all_shapes()[::31]
+    every = list(dict.fromkeys(aot_variants.chosen(89, "bf16", shape, gpu) for shape in shapes))
     picked = aot_variants._each_pair(every)
 
     def shown(variants):
