@@ -135,13 +135,13 @@ def test_triton_sel_parity_of_every_alignment_of_one_shape(case, clusters):
 @pytest.mark.parametrize("case", CASES)
 def test_triton_sel_parity_in_a_graph(case, zeros_left, monkeypatch):
     """Replay on another stream, interleaved with eager calls, with new values in the same tensors."""
-    from nsa_sel.kernel import launch
+    from nsa_sel.kernel import device
 
     q, k, v, ranges = inputs = tensors(case)
     run = call(case, inputs)
     run()
     if not zeros_left:  # so many calls were captured that the graph must make its own
-        monkeypatch.setitem(launch._graph_counters, q.device.index, torch.zeros(0, dtype=torch.int32, device=q.device))
+        monkeypatch.setitem(device._graph_counters, q.device.index, torch.zeros(0, dtype=torch.int32, device=q.device))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [run() for _ in range(3)]
