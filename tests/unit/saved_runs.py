@@ -15,7 +15,7 @@ from nsa_sel.bench.suite.cases import Case, scope
 
 GPU = "NVIDIA Synthetic"
 IDENTITY = {"gpu": GPU, "gpu_id": "0f1e2d", "driver": "580.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}
-H200 = IDENTITY | {"gpu": "NVIDIA H200"}
+H200 = {"gpu": "NVIDIA H200", "gpu_id": "aa11", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
 WHEN = "2026-01-01T00:00:00+00:00"
 READ_LIMIT_US = [[0.25e6, 3.5], [2.2e6, 4.0], [8.7e6, 5.4], [33.6e6, 10.8], [134e6, 32.6], [540e6, 121.0]]  # bytes
 Speedup = Callable[[Case, str], float]  # (case, "device" | "call" | "graph") -> faster SDPA form's time / Triton's
