@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 import types
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
+import fault_run
 import pytest
 import torch
 
@@ -164,15 +163,6 @@ if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4
     )
 
 
-def run(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
-    """Run these tests of the copy in `folder`, on nothing but the copy."""
-    names = ("PYTHONPATH", "TRITON_INTERPRET")
-    env = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("NSA_")}
-    env |= {"PYTHONPATH": str(folder / "src"), "NSA_TEST_TRITON_SEL": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-
-
 def copy(folder: Path, fault: Fault | None) -> Path:
     """Copy the package and its suite into `folder`, and plant the fault."""
     for name in ("src", "tests", "configs"):
@@ -190,28 +180,28 @@ def copy(folder: Path, fault: Fault | None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> Iterator[dict[str, Future]]:
+def outcomes(tmp_path_factory) -> Iterator[dict[str, AsyncResult]]:
     """Begin all runs, two at a time; the run without a fault is that of the name "none"."""
     every = sorted({fault.caught_by for fault in FAULTS})
-    with ThreadPoolExecutor(2) as pool:
-        found = {"none": pool.submit(lambda: run(copy(tmp_path_factory.mktemp("none"), None), every))}
+    with fault_run.processes(2) as pool:
+        found = {"none": pool.apply_async(fault_run.run, (copy(tmp_path_factory.mktemp("none"), None), every))}
         for fault in FAULTS:
-            folder = tmp_path_factory.mktemp("fault")
-            found[fault.name] = pool.submit(lambda f=fault, at=folder: run(copy(at, f), [f.caught_by]))
+            folder = copy(tmp_path_factory.mktemp("fault"), fault)
+            found[fault.name] = pool.apply_async(fault_run.run, (folder, [fault.caught_by]))
         yield found
 
 
 @interpreted
 def test_without_a_fault_these_tests_pass(outcomes):
-    done = outcomes["none"].result()
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = outcomes["none"].get(300)
+    assert code == pytest.ExitCode.OK, said
 
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_caught(outcomes, fault):
-    done = outcomes[fault.name].result()
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED and "1 failed" in done.stdout, done.stdout + done.stderr
+    code, said = outcomes[fault.name].get(300)
+    assert code == pytest.ExitCode.TESTS_FAILED and "1 failed" in said, said
 
 
 class Event:
