@@ -212,7 +212,7 @@ def repro(case: Case) -> str:
         f'import os, sys; sys.path[:0] = ["src", "tests/parity"]{interpreter}',
         "import torch" if ON_GPU else "import torch, interpreter_bf16",
         "from nsa_sel import reference",
-        "from nsa_sel.bench import gate",
+        "from nsa_sel.bench.suite import gate",
         "from nsa_sel.kernel import launch; from nsa_sel.kernel.launch_config import LaunchConfig",
         f"torch.manual_seed({case.seed})",
         f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
