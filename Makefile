@@ -15,8 +15,11 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 	.venv/bin/python -m pip install --quiet $(if $(GPU),,-c constraints.txt) -e '.[bench,dev]'
 	touch $@
 
+# Without a GPU, which the tests would share, they run on all cores where pytest-xdist is installed; a file stays together.
+PARALLEL = $(if $(GPU),,$(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile --benchmark-disable'))
+
 test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it is kept
-	$(PY) -m pytest -q tests/unit tests/parity
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity
 	$(PY) -m pytest -q tests/perf --sel-matrix smoke
 
 parity: $(INSTALLED)

@@ -19,6 +19,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     import interpreter_bf16  # noqa: F401
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SPANS, SPANS_S_KV = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)], 110  # a row out of order, with an empty span
+INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
+OUT_OF_RANGE = [(-5, 3), (4, INT32.max), (INT32.min, INT32.max), (INT32.min, 0), (-1, -1), (3, -7), (INT32.max, 9)]
+OUT_OF_RANGE_64 = [(2**32, 2**32 + 5), (-(2**40), 2), (1, 2**40), (INT64.min, INT64.max), (2**31 + 1, 2**31 + 4)]
 
 # Source text, because a repro prints what the suite ran.
 VIEWS = {
@@ -110,6 +114,12 @@ def row_lengths(ranges: Tensor, S_kv: int) -> list[int]:
     """Count L of every row in plain Python."""
     flat = ranges.flatten(0, 2).tolist()
     return [sum(max(0, min(end, S_kv) - max(start, 0)) for start, end in spans) for spans in flat]
+
+
+def unselected(case: Case) -> list[int]:
+    """Return the tokens that no row selects, in plain Python."""
+    every_span = case.ranges.flatten(0, 3).tolist()
+    return [t for t in range(case.S_kv) if not any(start <= t < end for start, end in every_span)]
 
 
 def hints(case: Case, ranges: Tensor) -> dict[str, int]:

@@ -6,14 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_case import DTYPES, Case, check, has_tma, here, judge, repro, rows, run_kernel, tensors
-from test_properties import OUT_OF_RANGE, OUT_OF_RANGE_64
-from test_variants import LOADS, small_covering
+from launches import small_covering
+from parity_case import (
+    DTYPES,
+    OUT_OF_RANGE,
+    OUT_OF_RANGE_64,
+    SPANS,
+    SPANS_S_KV,
+    Case,
+    check,
+    has_tma,
+    here,
+    judge,
+    repro,
+    rows,
+    run_kernel,
+    tensors,
+    unselected,
+)
 
-SPANS = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)]
-S_KV = 110
+from nsa_sel.kernel.launch_config import LOADS
+
 NAN = "float('nan')"
-BASE = Case(rows(SPANS, [(0, 1), (90, 95)]), S_KV)
+BASE = Case(rows(SPANS, [(0, 1), (90, 95)]), SPANS_S_KV)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,7 +51,7 @@ def test_triton_sel_parity_under_permuted_and_split_spans(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", ("1e4", NAN, "float('inf')"))
 def test_triton_sel_parity_does_not_see_what_is_not_selected(value, dtype):
-    outside = [t for t in range(S_KV) if t not in range(0, 1) and not any(start <= t < end for start, end in SPANS)]
+    outside = unselected(BASE)
     for launch in [None, *(small_covering() if (dtype, value) == (torch.bfloat16, NAN) else [])]:
         case = replace(BASE, dtype=dtype, launch=launch)
         spoilt = replace(case, edit=f"k[:, :, {outside}] = v[:, :, {outside}] = {value}")

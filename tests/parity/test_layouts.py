@@ -62,11 +62,11 @@ def prefill(S: int, G: int, n: int, block: int) -> tuple[torch.Tensor, int]:
 
 
 LAYOUTS = {
-    "dense": here([(64, 1024), (1024, 256), (8, 4096), (3, 1)], [(4, 65), (3, 1)]),
-    "varlen": here([(1, 64, 65, 0, 1000, 4096, 63, 777), (17,) * 300], [(1, 64, 0, 65, 17)]),
-    "in_place": here([(256, 2, 4096, 8, 128), (16, 4, 4096, 64, 16)], [(3, 2, 90, 4, 40)]),
-    "decode": here([([4096, 1, 777, 8000], 4, 16), ([65], 2, 16)], [([150, 1, 65], 2, 3)]),
-    "prefill": here([(512, 2, 16, 64), (100, 1, 4, 16)], [(9, 1, 3, 4)]),
+    "dense": (dense, here([(64, 1024), (1024, 256), (8, 4096), (3, 1)], [(4, 65), (3, 1)])),
+    "varlen": (varlen, here([(1, 64, 65, 0, 1000, 4096, 63, 777), (17,) * 300], [(1, 64, 0, 65, 17)])),
+    "in_place": (in_place, here([(256, 2, 4096, 8, 128), (16, 4, 4096, 64, 16)], [(3, 2, 90, 4, 40)])),
+    "decode": (decode, here([([4096, 1, 777, 8000], 4, 16), ([65], 2, 16)], [([150, 1, 65], 2, 3)])),
+    "prefill": (prefill, here([(512, 2, 16, 64), (100, 1, 4, 16)], [(9, 1, 3, 4)])),
 }
 
 
@@ -74,8 +74,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_triton_sel_parity_of_every_layout(layout, dtype):
     H, D, Dv = (16, 192, 128) if layout in ("decode", "prefill") else (8, 128, 128)
-    for seed, sizes in enumerate(LAYOUTS[layout]):
-        ranges, S_kv = globals()[layout](*sizes)
+    make, every_size = LAYOUTS[layout]
+    for seed, sizes in enumerate(every_size):
+        ranges, S_kv = make(*sizes)
         check(Case(ranges, S_kv, H=H, D=D, Dv=Dv, dtype=dtype, seed=seed))
 
 

@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_case import DTYPES, Case, check, judge, rows, run_kernel, tensors
-from test_variants import small_covering
+from launches import small_covering
+from parity_case import DTYPES, SPANS, SPANS_S_KV, Case, check, judge, rows, run_kernel, tensors, unselected
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_sel import reference
 
-SPANS = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)]
-S_KV = 110
-BASE = Case(rows(SPANS, [(0, 1), (90, 95)], [(40, 41)]), S_KV)
+BASE = Case(rows(SPANS, [(0, 1), (90, 95)], [(40, 41)]), SPANS_S_KV)
 SPLIT = next(config for config in small_covering() if config.load == "gather" and config.splits > 1)
 LAUNCHES = pytest.mark.parametrize("launch", (None, SPLIT), ids=("chosen", "split"))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +31,7 @@ def test_triton_sel_parity_of_logits_of_ten_thousand(dtype, launch):
 @EVERY_DTYPE
 @pytest.mark.parametrize("value", ("float('nan')", "float('inf')", "-float('inf')"))
 def test_triton_sel_parity_neither_form_sees_what_is_not_selected(dtype, value):
-    outside = [t for t in range(S_KV) if t not in (0, 40) and not any(start <= t < end for start, end in SPANS)]
+    outside = unselected(BASE)
     case = replace(BASE, dtype=dtype)
     spoilt = replace(case, edit=f"k[:, :, {outside}] = v[:, :, {outside}] = {value}")
     assert torch.equal(run_kernel(spoilt, *tensors(spoilt)), run_kernel(case, *tensors(case)))

@@ -7,12 +7,9 @@ from dataclasses import replace
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parity_case import Case, check, here, rows
-from test_variants import small_covering
+from launches import small_covering
+from parity_case import OUT_OF_RANGE, OUT_OF_RANGE_64, Case, check, here, rows
 
-INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
-OUT_OF_RANGE = [(-5, 3), (4, INT32.max), (INT32.min, INT32.max), (INT32.min, 0), (-1, -1), (3, -7), (INT32.max, 9)]
-OUT_OF_RANGE_64 = [(2**32, 2**32 + 5), (-(2**40), 2), (1, 2**40), (INT64.min, INT64.max), (2**31 + 1, 2**31 + 4)]
 MAX_S_KV, MAX_L, MAX_SPANS, MAX_ROWS = here(5000, 120), here(4096, 160), here(64, 24), here(8, 4)
 # On a GPU a new dtype means new kernels for every launch that a layout leads to: the examples below cover the others.
 DTYPE = st.sampled_from(here((torch.bfloat16,), (torch.bfloat16, torch.float16, torch.float32)))

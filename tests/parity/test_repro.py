@@ -11,8 +11,8 @@ from pathlib import Path
 import parity_case
 import pytest
 import torch
+from launches import small_covering
 from parity_case import DEVICE, Case, check, rows
-from test_variants import small_covering
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(rows([(0, 20)], [(3, 9), (12, 40)], [(1, 8)]), 40, seed=5)

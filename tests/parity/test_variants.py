@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import torch
-from parity_case import DEVICE, Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
+from launches import covering, small_covering
+from parity_case import Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
-from nsa_sel.bench.tune import space
-from nsa_sel.kernel.launch_config import LOADS, SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, shared_memory
+from nsa_sel.kernel.launch_config import LOADS, LaunchConfig, chunk_width
 
 # Spans longer than the largest tile, remainders of every kind, an empty row, one token, doubly covered keys.
 RANGES = rows(
@@ -21,44 +20,6 @@ RANGES = rows(
     [(299, 300)],
 )
 S_KV = 300
-
-
-@cache
-def covering(
-    H: int, D: int, Dv: int, tiles: tuple[int, ...], splits: tuple[int, ...], every_warp: bool = False
-) -> list[LaunchConfig]:
-    """Return few of the candidates: every load meets each of these tiles and splits.
-
-    every_warp: and each number of warps and of stages, of which the interpreter knows nothing.
-    """
-    candidates = [
-        c
-        for c in space.grid(D, Dv)
-        if c.block_l in tiles
-        and c.splits in splits
-        and c.cluster == 1
-        and (has_tma() or c.load != "tma")
-        and shared_memory(c, H, D, Dv, 2) <= SMALLEST_SHARED_BYTES
-    ]
-    if not every_warp or DEVICE == "cpu":
-        some = min(candidates, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))
-        candidates = [c for c in candidates if (c.num_warps, c.num_stages) == (some.num_warps, some.num_stages)]
-    missing = {pair for config in candidates for pair in _pairs(config)}
-    chosen = []
-    while missing:
-        best = max(candidates, key=lambda config: len(missing & _pairs(config)))
-        chosen.append(best)
-        missing -= _pairs(best)
-    return chosen
-
-
-def small_covering() -> list[LaunchConfig]:
-    """Return what the other tests of variants launch, at H = 4 and D = Dv = 64."""
-    return covering(4, 64, 64, (16, 64), (1, 4))
-
-
-def _pairs(config: LaunchConfig) -> set[tuple[str, str, object]]:
-    return {(config.load, name, value) for name, value in asdict(config).items()}
 
 
 @pytest.mark.parametrize("load", LOADS)

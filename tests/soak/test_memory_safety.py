@@ -39,8 +39,8 @@ def compile_one(job: tuple[LaunchConfig, int, torch.dtype]) -> None:
 @pytest.fixture(scope="module")
 def configs() -> list[LaunchConfig]:
     """Return the variants, compiled on all cores: one after another they take minutes."""
+    from launches import covering
     from parity_case import has_clusters
-    from test_variants import covering
 
     found = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
     if has_clusters():

@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nsa_sel.bench.checks import aot
 from nsa_sel.bench.checks import variants as aot_variants
+from nsa_sel.kernel.launch_config import LaunchConfig
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton.tools.tensor_descriptor") is None,
@@ -22,15 +24,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(*arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    """Run python with the arguments, and return what it printed as JSON lines."""
-    env = {**os.environ, "PYTHONPATH": str(Path(aot.__file__).parents[3])}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
-    return done, [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_sample_compiles_for_every_architecture():
-    done, builds = compiled("-m", "nsa_sel.bench.checks.aot", "--sample", "--json", "--jobs", "2")
+    env = {**os.environ, "PYTHONPATH": str(Path(aot.__file__).parents[3])}
+    command = [sys.executable, "-m", "nsa_sel.bench.checks.aot", "--sample", "--json", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    builds = [json.loads(line) for line in done.stdout.splitlines()]
     failed = [f"{build['id']}: {build['problem']}" for build in builds if build["problem"]]
     assert done.returncode == 0 and not failed, "\n".join([*failed, done.stderr])
     assert len(builds) == len(aot_variants.sample()) <= 150
@@ -46,48 +44,47 @@ def test_sample_compiles_for_every_architecture():
     assert {v["arch"] for v in variants if v["in_matrix"]} == {80, 86, 89, 90, 100, 120}
 
 
-PLANTED = """
-import sys
-from dataclasses import replace
-from nsa_sel.bench.checks import aot
-from nsa_sel.kernel.launch_config import LaunchConfig
+GOOD = aot.Variant(89, "bf16", 8, 128, 128, 8, LaunchConfig("gather", 64, 128, 128, 4, 2), in_matrix=True)
+LARGE, INVALID, SPILLING = (
+    replace(GOOD, config=replace(GOOD.config, **change))
+    for change in ({"num_stages": 4}, {"block_l": 2**20}, {"max_registers": 32})
+)
 
-good = aot.Variant(89, "bf16", 8, 128, 128, 8, LaunchConfig("gather", 64, 128, 128, 4, 2), in_matrix=True)
-large = replace(good, config=replace(good.config, num_stages=4))
-invalid = replace(good, config=replace(good.config, block_l=2**20))
-spilling = replace(good, config=replace(good.config, max_registers=32))
-planted = {
-    "good": good,
-    "large": large,
-    "large on sm_90": replace(large, arch=90),
-    "invalid": invalid,
-    "spilling": spilling,
-    "spilling on sm_90": replace(spilling, arch=90),
-    "spilling beyond the matrix": replace(spilling, in_matrix=False),
-}
-aot.sample = lambda: [planted[name] for name in sys.argv[1:]]
-sys.exit(aot.main(["--sample", "--json", "--jobs", "1"]))
-"""
+
+@pytest.fixture
+def compile_only(monkeypatch, capsys):
+    """Return a function that has the command compile these variants, and returns its exit code and what it printed."""
+    for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR"):  # which the command sets for the processes that it starts
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+    def compile_only(*variants: aot.Variant) -> tuple[int, list[dict]]:
+        monkeypatch.setattr(aot, "sample", lambda: variants)
+        code = aot.main(["--sample", "--json", "--jobs", "1"])
+        return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return compile_only
 
 
 @pytest.mark.parametrize(
-    ("names", "problem"),
+    ("variant", "problem"),
     [
-        (("good", "large"), "104448 bytes of shared memory, the architecture has 101376"),
-        (("good", "invalid"), "CompilationError: .*exceeds triton maximum tensor numel.*"),
-        (("good", "spilling"), r"spills \d+ bytes at a shape of the matrix"),
+        (LARGE, "104448 bytes of shared memory, the architecture has 101376"),
+        (INVALID, "CompilationError: .*exceeds triton maximum tensor numel.*"),
+        (SPILLING, r"spills \d+ bytes at a shape of the matrix"),
     ],
+    ids=("large", "invalid", "spilling"),
 )
-def test_planted_fault_fails(names, problem):
-    done, (good, bad) = compiled("-c", PLANTED, *names)
-    assert done.returncode == 1
+def test_planted_fault_fails(compile_only, variant, problem):
+    code, (good, bad) = compile_only(GOOD, variant)
+    assert code == 1
     assert good["problem"] is None
     assert re.fullmatch(problem, bad["problem"], re.DOTALL), bad["problem"]
 
 
-def test_large_tiles_pass_where_they_fit_and_spills_where_they_are_only_shown():
-    done, builds = compiled("-c", PLANTED, "good", "large on sm_90", "spilling on sm_90", "spilling beyond the matrix")
-    assert done.returncode == 0, done.stderr
+def test_large_tiles_pass_where_they_fit_and_spills_where_they_are_only_shown(compile_only):
+    elsewhere = replace(LARGE, arch=90), replace(SPILLING, arch=90), replace(SPILLING, in_matrix=False)
+    code, builds = compile_only(GOOD, *elsewhere)
+    assert code == 0
     assert [build["problem"] for build in builds] == [None] * 4
     assert [build["spill_bytes"] > 0 for build in builds] == [False, False, True, True]
 

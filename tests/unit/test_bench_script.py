@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "bench" / "bench_sel_triton.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "bench" / "bench_sel_triton.py"), *arguments]
+    command = [sys.executable, str(SCRIPT), *arguments]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=hidden)
 
@@ -46,6 +48,8 @@ def test_decode_example_prints_one_line_for_each_method(tmp_path):
         (["--dist", "some"], "invalid choice"),
     ],
 )
-def test_bad_arguments_exit_with_two(options, message):
-    done = run(*options)
-    assert done.returncode == 2 and message in done.stderr and not done.stdout
+def test_bad_arguments_exit_with_two(options, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(SCRIPT))["main"](options)
+    said = capsys.readouterr()
+    assert left.value.code == 2 and message in said.err and not said.out

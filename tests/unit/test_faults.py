@@ -1,18 +1,17 @@
-"""What breaks around the kernel (memory, compiler, cache, files, Ctrl-C) ends in a clear reason; nothing is lost."""
+"""What breaks around the kernel (memory, compiler, files, Ctrl-C) ends in a clear reason; nothing is lost."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from run_files import bench, save
+from saved_runs import document, entry, save_entries
 
 import nsa_sel
 from nsa_sel import dispatch, reference, routing
@@ -35,40 +34,15 @@ def arguments() -> dict[str, torch.Tensor]:
     return {"q": q, "k": k, "v": v, "ranges": torch.tensor([[2, 9], [5, 20]]).expand(1, 2, 1, 2, 2)}
 
 
-def python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT / "src"), **environment}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 # --- memory ---
-
-TOO_LARGE = """
-import resource, torch, nsa_sel
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + 2**31
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-torch.manual_seed(0)
-q, kv = torch.randn(1, 4096, 1, 4, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 2**24, 16)
-ranges = torch.tensor([0, 2**24]).expand(1, 4096, 1, 1, 2)
-before = q.clone()
-try:
-    nsa_sel.selection_attention(q, kv, kv, ranges)
-except RuntimeError as error:
-    print(str(error).splitlines()[0])
-assert torch.equal(q, before)
-small = q[:, :8], kv[:, :, :40], kv[:, :, :40], ranges[:, :8]
-difference = nsa_sel.selection_attention(*small) - nsa_sel.reference.oracle(*small)
-assert difference.abs().max() < 1e-5
-print("the next call is right")
-"""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
-def test_packing_beyond_the_memory_names_the_size_and_corrupts_nothing():
-    done = python(TOO_LARGE)
+def test_packing_beyond_the_memory_names_the_size_and_corrupts_nothing(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    script = Path(__file__).with_name("pack_too_much.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     said, after = done.stdout.splitlines()
     asked = re.search(r"tried to allocate (\d+) bytes", said)
@@ -87,75 +61,7 @@ def test_running_out_of_gpu_memory_names_what_packing_takes(monkeypatch):
     assert "packing 2 rows of 22 tokens takes 0.00 GB" in said and "Tried to allocate 64.00 GiB" in said
 
 
-# --- the compiler and its cache ---
-
-# Triton's real compiler without a GPU, in the place where the launcher meets it.
-COMPILE = """
-import sys
-from nsa_sel.kernel import launch
-from nsa_sel.kernel.launch_config import LaunchConfig
-from nsa_sel.bench.checks import aot
-from nsa_sel.errors import KernelFailed
-import torch, triton
-from triton.backends.compiler import GPUTarget
-
-class Kernel:
-    arg_names = launch._sel_fwd.arg_names
-
-    def __getitem__(self, grid):
-        def compile(*args, **options):
-            source, options = aot._source(aot.Variant(90, "bf16", 4, 16, 16, 1, LaunchConfig(
-                "gather", 16, 16, 16, 1, 1), in_matrix=False))
-            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        return compile
-
-launch._sel_fwd, launch.INTERPRETED = Kernel(), True
-q, kv = torch.zeros(1, 1, 1, 4, 16), torch.zeros(1, 1, 8, 16)
-if "full" in sys.argv:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-try:
-    launch.forward(q, kv, kv, torch.zeros(1, 1, 1, 1, 2, dtype=torch.int64))
-    print("compiled")
-except KernelFailed as error:
-    print(error)
-"""
-
-
-@pytest.fixture(scope="module")
-def compiles(tmp_path_factory):
-    pytest.importorskip("triton.tools.tensor_descriptor", reason="compiling ahead of time needs Triton 3.4")
-
-    def compile(*arguments: str, cache: Path | None = None) -> str:
-        folder = cache or tmp_path_factory.mktemp("cache") / "kernels"
-        done = python(COMPILE, *arguments, TRITON_CACHE_DIR=str(folder))
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    return compile
-
-
-@pytest.mark.parametrize("fault", ("no folder", "full"))
-def test_a_kernel_that_cannot_be_compiled_says_why_in_one_line(compiles, tmp_path, fault):
-    if fault == "no folder":  # as a read-only one, which root could write to
-        (tmp_path / "file").write_text("in the way")
-        said = compiles(cache=tmp_path / "file" / "kernels")
-        reason = "NotADirectoryError"
-    else:
-        said, reason = compiles("full"), "File too large"
-    assert re.fullmatch(
-        rf"the kernel \(gather .+\) cannot be compiled or started: .*{reason}.+kernels: clear it.+", said
-    )
-
-
-def test_a_damaged_cache_is_compiled_anew_or_named(compiles, tmp_path):
-    assert compiles(cache=tmp_path) == "compiled"
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    said = compiles(cache=tmp_path)
-    assert said == "compiled" or ("cannot be compiled or started" in said and f"{tmp_path}: clear it" in said)
+# --- the compiler ---
 
 
 class Broken:
@@ -226,13 +132,13 @@ def test_a_kernel_that_fails_is_an_obstacle_for_auto_and_nothing_else():
 
 # --- saved files ---
 
-WHOLE = json.dumps({"machine_info": {}, "benchmarks": [bench("a", "triton", 9)], "datetime": "2026-01-01T00:00:00"})
+WHOLE = json.dumps(document([entry("a", "triton", 9)]))
 DAMAGED = {
     "truncated": WHOLE[:-40],
     "empty": "",
     "another schema": '{"version": 2, "results": {}}',
     "a tuned table": '{"schema": 1, "gpu": "NVIDIA H200", "entries": []}',
-    "a case twice": json.dumps({"machine_info": {}, "benchmarks": [bench("a", "triton", 9), bench("a", "triton", 8)]}),
+    "a case twice": json.dumps(document([entry("a", "triton", 9), entry("a", "triton", 8)])),
 }
 COMMANDS = {
     "compare": lambda bad, out: compare_command.main([str(bad), str(bad)]),
@@ -254,9 +160,9 @@ def test_a_damaged_run_is_one_line_and_stays_as_it_is(tmp_path, capsys, kind, co
 
 def test_pytest_benchmarks_own_command_survives_a_truncated_run(tmp_path):
     folder = tmp_path / ".benchmarks" / "Linux-NVIDIA-H200"
-    old = save(folder, "0001_old", [bench("a", "triton", 100)])
-    cut = save(folder, "0002_cut", [bench("a", "triton", 100)])
-    save(folder, "0003_new", [bench("a", "triton", 150)], datetime="2026-01-03T00:00:00")
+    old = save_entries(folder, "0001_old", [entry("a", "triton", 100)])
+    cut = save_entries(folder, "0002_cut", [entry("a", "triton", 100)])
+    save_entries(folder, "0003_new", [entry("a", "triton", 150)], "2026-01-03T00:00:00")
     cut.write_text(half := cut.read_text()[:-300])
     (tmp_path / "conftest.py").symlink_to(ROOT / "conftest.py")
     before = old.read_bytes()
@@ -286,35 +192,32 @@ def test_tuning_sets_aside_what_stands_in_its_tables_place(tmp_path, capsys, con
 # --- Ctrl-C ---
 
 
-def interrupt_a_perf_run(storage: Path) -> tuple[int, Path]:
-    """Interrupt a perf run after its first benchmark; return its exit status, and a run that was there before."""
-    arguments = ["tests/perf", "--sel-matrix", "smoke", "--sel-family", "ragged,decode", "--benchmark-autosave"]
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
-    command += [f"--benchmark-storage={storage}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-    earlier = save(storage / "earlier-cpu", "0001_whole", [bench("a", "triton", 9, gpu=None)])
-    sent = False
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if not sent and "PASSED" in line:
-                process.send_signal(signal.SIGINT)
-                sent = True
-    return process.returncode, earlier
+# A plugin for the run: Ctrl-C in the midst of the second benchmark.
+INTERRUPT = """
+import itertools, signal
+from nsa_sel.bench.timer import timing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+tick, ticks = timing.tick, itertools.count()
+def interrupting_tick():
+    if next(ticks) == 3 * timing.ROUNDS:
+        signal.raise_signal(signal.SIGINT)
+    return tick()
+timing.tick = interrupting_tick
+"""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would time the kernel")
 def test_an_interrupted_perf_run_leaves_the_earlier_one_and_is_no_baseline(tmp_path):
-    for attempt in range(5):  # pytest itself may fail over a traceback entry without a line number (INTERNAL_ERROR)
-        storage = tmp_path / str(attempt)
-        status, earlier = interrupt_a_perf_run(storage)
-        assert runs.load(earlier).timings
-        if status != pytest.ExitCode.INTERNAL_ERROR:
-            break
-    assert status == pytest.ExitCode.INTERRUPTED
-    partial = [path for path in storage.glob("*/*.json") if path != earlier]
-    for path in partial:
-        assert runs.load(path).interrupted
-    assert partial and saved_storage.latest(storage, clean=True) == earlier
-    note = rule.compare(runs.load(partial[0]), runs.load(earlier)).text()
+    earlier = save_entries(tmp_path / "earlier-cpu", "0001_whole", [entry("a", "triton", 9, gpu=None)])
+    (tmp_path / "interrupt.py").write_text(INTERRUPT)
+    arguments = ["tests/perf", "--sel-matrix", "smoke", "--sel-family", "ragged,decode", "--benchmark-autosave"]
+    command = [sys.executable, "-m", "pytest", "-p", "interrupt", "-p", "no:cacheprovider", *arguments]
+    command += [f"--benchmark-storage={tmp_path}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
+    (partial,) = [path for path in tmp_path.glob("*/*.json") if path != earlier]
+    assert runs.load(earlier).timings and runs.load(partial).interrupted
+    assert saved_storage.latest(tmp_path, clean=True) == earlier
+    note = rule.compare(runs.load(partial), runs.load(earlier)).text()
     assert "was interrupted and lacks cases" in note

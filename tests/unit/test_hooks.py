@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_files import bench, save
+from saved_runs import entry, save_entries
 
 from nsa_sel.bench.compare import command as compare_command
 from nsa_sel.bench.compare import hooks, rule
@@ -143,7 +143,7 @@ def test_nothing_to_compare_with_is_said_and_is_no_pass(perf, pytester):
 
 
 def test_a_baseline_of_another_gpu_is_no_pass(perf, pytester):
-    other = save(pytester.path, "other", [bench("a", "triton", 100, gpu="NVIDIA L4")])
+    other = save_entries(pytester.path, "other", [entry("a", "triton", 100, gpu="NVIDIA L4")])
     result = perf({"a": 100}, "--perf-fail", f"--sel-baseline={other}")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["DIFFERENT GPU: NVIDIA L4 -> NVIDIA H200*"])
@@ -168,9 +168,9 @@ def command(folder, *arguments):
 def test_both_commands_say_the_same(tmp_path):
     tmp_path.joinpath("conftest.py").write_text(CONFTEST)
     for number, name, us in ((1, "old", 90), (2, "baseline", 100), (3, "same-commit", 100), (4, "same-commit", 115)):
-        entries = [bench("a", "triton", us), bench("b", "triton", 50)]
-        save(tmp_path / ".benchmarks" / H200, f"000{number}_{name}", entries, f"2026-01-0{number}T00:00:00")
-    save(tmp_path / ".benchmarks" / "Linux-cpu", "0001_x", [bench("a", "packed_sdpa", 9, gpu=None)], "2026-02")
+        entries = [entry("a", "triton", us), entry("b", "triton", 50)]
+        save_entries(tmp_path / ".benchmarks" / H200, f"000{number}_{name}", entries, f"2026-01-0{number}T00:00:00")
+    save_entries(tmp_path / ".benchmarks" / "Linux-cpu", "0001_x", [entry("a", "packed_sdpa", 9, gpu=None)], "2026-02")
     theirs = command(tmp_path, "pytest_benchmark", "compare")
     assert theirs.returncode == 0, theirs.stderr
     table, _, text = theirs.stdout.partition("nsa_sel: ")
@@ -187,7 +187,7 @@ def test_both_commands_say_the_same(tmp_path):
 def test_grouping_stays_that_of_pytest_benchmark():
     from pytest_benchmark import plugin
 
-    rows = [bench(case, "triton", 9) for case in "ba"]
+    rows = [entry(case, "triton", 9) for case in "ba"]
     for group_by in ("group", "name", "fullfunc"):
         ours = hooks.pytest_benchmark_group_stats(object(), iter(rows), group_by)
         assert ours == plugin.pytest_benchmark_group_stats(None, rows, group_by)
@@ -198,8 +198,10 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def store(name, us, day, folder=H200, **more):
-        entries = [bench("a", "triton", us, gpu=None if folder.endswith("cpu") else "NVIDIA H200")]
-        return save(tmp_path / ".benchmarks" / folder, name, entries, f"2026-01-{day:02}T00:00:00+00:00", **more)
+        entries = [entry("a", "triton", us, gpu=None if folder.endswith("cpu") else "NVIDIA H200")]
+        return save_entries(
+            tmp_path / ".benchmarks" / folder, name, entries, f"2026-01-{day:02}T00:00:00+00:00", **more
+        )
 
     return store
 
@@ -241,6 +243,6 @@ def test_the_newest_run_is_told_by_its_date_not_by_its_number(stored):
     stored("0001_new", 115, 9, folder=other)
     stored("0005_old", 100, 2)
     paths = {f"{other}/0001_new.json": 115, f"{H200}/0005_old.json": 100}
-    rows = [{**bench("a", "triton", us), "path": path} for path, us in paths.items()]
+    rows = [{**entry("a", "triton", us), "path": path} for path, us in paths.items()]
     text = hooks.compare_rows(rows)
     assert f"{H200}/0005_old.json" in text.split("->")[0] and "100.00 us -> 115.00 us" in text

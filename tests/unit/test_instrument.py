@@ -8,7 +8,7 @@ import statistics
 import time
 
 import pytest
-import synthetic
+import saved_runs
 import torch
 
 from nsa_sel.bench.checks import instrument
@@ -176,7 +176,7 @@ def test_a_case_that_does_not_fit_is_not_timed(monkeypatch):
 @pytest.fixture
 def runs_of_one_commit(tmp_path):
     """Write three runs of the hot subset, the last with its first benchmark 20 % slower; return their paths."""
-    data = synthetic.run(cases.matrix("hot"))
+    data = saved_runs.run(cases.matrix("hot"))
     paths = [tmp_path / f"run{i}.json" for i in range(3)]
     for path in paths:
         if path is paths[-1]:
@@ -209,7 +209,7 @@ def test_an_alarm_between_runs_of_one_commit_is_counted_and_named(runs_of_one_co
     ("found", "code"), [([0, 1], 0), ([0], 1), ([0, 1, 2], 1), ([], 1)], ids=["all", "half", "elsewhere", "none"]
 )
 def test_planted_benchmarks_must_be_found_and_no_other(tmp_path, capsys, found, code):
-    data = synthetic.run(cases.matrix("hot"))
+    data = saved_runs.run(cases.matrix("hot"))
     keys = [f"{b['extra_info']['case']} {b['extra_info']['method']}" for b in data["benchmarks"]]
     for bench in data["benchmarks"][:2]:
         bench["extra_info"]["planted"] = 1.15

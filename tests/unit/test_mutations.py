@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 import types
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
+import fault_run
 import pytest
 import torch
 
@@ -62,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "the scale is taken from the width of V",
-        "launch.py",
+        "kernel/launch.py",
         "(D**-0.5 if scale is None else scale) * LOG2_E",
         "(Dv**-0.5 if scale is None else scale) * LOG2_E",
         LAYOUTS + "of_padded_widths",
@@ -77,7 +76,7 @@ FAULTS = [
     Fault(
         "what whole tiles leave of a span is dropped",
         "kernel/forward.py",
-        "hi = n_tiles + n_rests",
+        "hi = n_tiles + n_tails",
         "hi = n_tiles",
         "tests/parity/test_invariants.py::test_triton_sel_parity_of_integers_outside_the_context[index0-whole]",
     ),
@@ -90,7 +89,7 @@ FAULTS = [
     ),
     Fault(
         "the parts of a split row are added without their weights",
-        "kernel/forward.py",
+        "kernel/merge.py",
         "acc += part * beta[:, None]",
         "acc += part",
         "tests/parity/test_variants.py::test_triton_sel_parity_of_column_chunks[16-64]",
@@ -140,8 +139,8 @@ FAULTS = [
     Fault(
         "a last tile that is not full is read to its end",
         "kernel/forward.py",
-        "place = tl.minimum(place, n_tokens - 1)",
-        "place = place",
+        "position = tl.minimum(position, n_tokens - 1)",
+        "position = position",
         "tests/parity/test_invariants.py::test_triton_sel_parity_does_not_see_what_is_not_selected[float('nan')-dtype1]",
     ),
     Fault(
@@ -157,20 +156,11 @@ if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4
         Fault(
             "values beyond the end of a span are not masked",
             "kernel/tiles.py",
-            "return tl.where(mask_l[:, None], tile, 0.0) if CLEAN else tile",
-            "return tile",
+            "tile = tl.where(mask_l[:, None], tile, 0.0)",
+            "tile = tile",
             "tests/parity/test_invariants.py::test_triton_sel_parity_does_not_see_what_is_not_selected[float('nan')-dtype1]",
         )
     )
-
-
-def run(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
-    """Run these tests of the copy in `folder`, on nothing but the copy."""
-    names = ("PYTHONPATH", "TRITON_INTERPRET")
-    env = {name: value for name, value in os.environ.items() if name not in names and not name.startswith("NSA_")}
-    env |= {"PYTHONPATH": str(folder / "src"), "NSA_TEST_TRITON_SEL": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def copy(folder: Path, fault: Fault | None) -> Path:
@@ -190,28 +180,28 @@ def copy(folder: Path, fault: Fault | None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> Iterator[dict[str, Future]]:
+def outcomes(tmp_path_factory) -> Iterator[dict[str, AsyncResult]]:
     """Begin all runs, two at a time; the run without a fault is that of the name "none"."""
     every = sorted({fault.caught_by for fault in FAULTS})
-    with ThreadPoolExecutor(2) as pool:
-        found = {"none": pool.submit(lambda: run(copy(tmp_path_factory.mktemp("none"), None), every))}
+    with fault_run.processes(2) as pool:
+        found = {"none": pool.apply_async(fault_run.run, (copy(tmp_path_factory.mktemp("none"), None), every))}
         for fault in FAULTS:
-            folder = tmp_path_factory.mktemp("fault")
-            found[fault.name] = pool.submit(lambda f=fault, at=folder: run(copy(at, f), [f.caught_by]))
+            folder = copy(tmp_path_factory.mktemp("fault"), fault)
+            found[fault.name] = pool.apply_async(fault_run.run, (folder, [fault.caught_by]))
         yield found
 
 
 @interpreted
 def test_without_a_fault_these_tests_pass(outcomes):
-    done = outcomes["none"].result()
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = outcomes["none"].get(300)
+    assert code == pytest.ExitCode.OK, said
 
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_caught(outcomes, fault):
-    done = outcomes[fault.name].result()
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED and "1 failed" in done.stdout, done.stdout + done.stderr
+    code, said = outcomes[fault.name].get(300)
+    assert code == pytest.ExitCode.TESTS_FAILED and "1 failed" in said, said
 
 
 class Event:

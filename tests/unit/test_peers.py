@@ -21,7 +21,6 @@ import nsa_sel
 from nsa_sel import reference
 from nsa_sel.bench.methods import contender, peers, prepare
 from nsa_sel.bench.methods.contender import CaseState, NotTimed, Prepared, WrongResult
-from nsa_sel.bench.report import screen
 from nsa_sel.bench.report import tables as report_tables
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.session import Session
@@ -245,28 +244,6 @@ def test_packing_that_does_not_fit_is_not_applicable_and_the_rest_goes_on(monkey
     state.require(tensors)
     with pytest.raises(NotTimed, match="needs .* GB, .* GB are free"):
         prepare.prepare(state, "packed_sdpa")
-
-
-def result(method: str, us: float, **more: str) -> dict:
-    return {"case": "a", "method": method, "device_us": us, "family": "decode", **more}
-
-
-def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
-    timed = [result("triton", 10.0), result("fla_nsa", 9.0, peer="fla-core 1.2"), result("dense", 2.0)]
-    missing = {("a", "flex_attention"): "wrong: 3 rows", ("a", "flashinfer_paged"): "no GPU"}
-    lines, notes = screen.peers(timed, missing)
-    assert lines[1] == ["a", "10.0", "wrong [1]", "9.0 (0.90x)", "n/a [2]", "2.0 (0.20x)", "-", "-"]
-    assert notes == [
-        "faster than triton: fla_nsa in a, 9.0 against 10.0 µs",
-        "fla_nsa: fla-core 1.2",
-        "dense: other work, the whole context; for scale",
-        "[1] flex_attention: wrong: 3 rows",
-        "[2] flashinfer_paged: no GPU",
-    ]
-    shown = screen.peers_screen(timed, missing)
-    assert shown[1].split() == ["fla_nsa", "decode", "1", "0.90", "0.90"]
-    assert shown[-2:] == ["1 x flex_attention: wrong: 3 rows", "1 x flashinfer_paged: no GPU"]
-    assert screen.peers(timed[:1], {}) == ([], []) and screen.peers_screen(timed[:1], {}) == []
 
 
 def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 
 import pytest
-from run_files import as_run, bench, save
+from saved_runs import as_run
+from saved_runs import entry as bench
+from saved_runs import save_entries as save
 
 from nsa_sel.bench.compare import command as compare_command
 from nsa_sel.bench.compare import rule

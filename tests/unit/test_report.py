@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import synthetic
+import saved_runs
 
 from nsa_sel.bench.report import command as report_command
 from nsa_sel.bench.report import tables as report_tables
@@ -33,19 +33,19 @@ def gpu_report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     whole = cases.matrix("full")
     slower = {c.id for c in whole if c.family == "ragged"}
-    old = synthetic.save(synthetic.run(whole), folder / "0001_old.json")
-    data = synthetic.run(whole, lambda c, kind: 1.0 if (c.family, c.L) == ("rows", 16) else 3.0)
+    old = saved_runs.save(saved_runs.run(whole), folder / "0001_old.json")
+    data = saved_runs.run(whole, lambda c, kind: 1.0 if (c.family, c.L) == ("rows", 16) else 3.0)
     for entry in data["benchmarks"]:
         if entry["extra_info"]["case"] in slower and entry["extra_info"]["method"] == "triton":
             for name in ("median", "q1", "q3"):
                 entry["stats"][name] *= 1.5
-    new = synthetic.save(data, folder / "0002_new.json")
+    new = saved_runs.save(data, folder / "0002_new.json")
     assert report_command.main([str(new), str(old), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 
 def write(tmp_path: Path, data: dict, config: SelConfig = DEFAULTS) -> Path:
-    path = synthetic.save(data, tmp_path / "0001_run.json")
+    path = saved_runs.save(data, tmp_path / "0001_run.json")
     report_command.write(path, None, tmp_path / "out", config)
     return tmp_path / "out"
 
@@ -85,7 +85,7 @@ def test_the_page_is_self_contained_and_says_the_verdict_first(gpu_report):
     page = Page((gpu_report / "report.html").read_text())
     assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert page.tags.count("script") == 1 and "link" not in page.tags
-    verdict = f"On {synthetic.GPU}, Triton is safe to switch on from L = 32"
+    verdict = f"On {saved_runs.GPU}, Triton is safe to switch on from L = 32"
     assert verdict in page.text
     assert page.text.index(verdict) < page.text.index("From which length on")
 
@@ -107,7 +107,7 @@ def test_the_page_holds_every_section(gpu_report):
     assert page.tags.count("img") == 4
     assert "verdict: FAIL, 9 slower" in page.text
     assert re.search(r"ragged-bf16-\S+ triton .*\+50\.0 %", page.text)
-    for value in (*synthetic.IDENTITY.values(), "device: 2.8, graph: 1.1", "540 MB: 121.0"):
+    for value in (*saved_runs.IDENTITY.values(), "device: 2.8, graph: 1.1", "540 MB: 121.0"):
         assert value in page.text
 
 
@@ -131,7 +131,7 @@ def test_the_markdown_holds_the_same_lines(gpu_report):
 
 def test_core_and_op_speedups_are_not_mixed():
     case = HOT[0]
-    rows = {r["method"]: r for r in report_tables.table(saved_of(synthetic.run([case])))}
+    rows = {r["method"]: r for r in report_tables.table(saved_of(saved_runs.run([case])))}
     assert rows["triton"]["speedup"] == pytest.approx(3.0)
     assert rows["triton_core"]["speedup"] == pytest.approx(1.3)
 
@@ -144,7 +144,7 @@ def saved_of(data: dict) -> Saved:
 
 def test_names_in_a_run_are_data(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    out = write(tmp_path, renamed(synthetic.run(HOT), EVIL))
+    out = write(tmp_path, renamed(saved_runs.run(HOT), EVIL))
     text = (out / "report.html").read_text()
     assert EVIL not in text
     page = Page(text)
@@ -158,7 +158,7 @@ def test_names_in_a_run_are_data(tmp_path):
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    data = synthetic.run(HOT)
+    data = saved_runs.run(HOT)
     data["benchmarks"][0]["extra_info"] |= {"L": "<b>", "N": None, "bytes": -1, "gbps": float("nan"), "family": ["x"]}
     data["machine_info"]["calibration"]["read_limit_us"] = ["<i>", [1], [2.0, "x"]]
     text = (write(tmp_path, data) / "report.html").read_text()
@@ -166,7 +166,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path):
 
 
 def test_a_cpu_run_renders_and_says_that_it_has_no_gpu_figures(tmp_path):
-    out = write(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))
+    out = write(tmp_path, saved_runs.cpu_run(cases.matrix("smoke")))
     page = Page((out / "report.html").read_text())
     assert report_command.NO_GPU in page.text
     assert "Wall-clock time" in page.text and "img" not in page.tags
@@ -176,7 +176,7 @@ def test_a_cpu_run_renders_and_says_that_it_has_no_gpu_figures(tmp_path):
 
 def test_a_hot_run_renders_without_a_verdict(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    page = Page((write(tmp_path, synthetic.run([c for c in HOT if c.hot])) / "report.html").read_text())
+    page = Page((write(tmp_path, saved_runs.run([c for c in HOT if c.hot])) / "report.html").read_text())
     assert "support no threshold" in page.text
     assert "No such case with a Triton time in this run." in page.text  # no prefill
     assert page.tags.count("img") == 3
@@ -184,16 +184,16 @@ def test_a_hot_run_renders_without_a_verdict(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    data = synthetic.run(HOT)
+    data = saved_runs.run(HOT)
     first = {p.name: p.read_bytes() for p in write(tmp_path, data).iterdir()}
     assert {p.name: p.read_bytes() for p in write(tmp_path, data).iterdir()} == first
 
 
 @pytest.mark.parametrize("entry, said", [(96, "on from L = 96"), (None, "says never")])
 def test_the_configured_threshold_is_shown(entry, said):
-    config = SelConfig(sel_triton_min_L={"default": 64, synthetic.GPU: entry})
-    _, decided = report_command.judge(saved_of(synthetic.run(HOT)))
-    value, source = report_command.chosen_length(synthetic.GPU, decided, config)
+    config = SelConfig(sel_triton_min_L={"default": 64, saved_runs.GPU: entry})
+    _, decided = report_command.judge(saved_of(saved_runs.run(HOT)))
+    value, source = report_command.chosen_length(saved_runs.GPU, decided, config)
     assert value == entry and said in source
 
 

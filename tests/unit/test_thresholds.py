@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-import synthetic
+import saved_runs as synthetic
 
 from nsa_sel.bench import tables
 from nsa_sel.bench.saved.run import Saved

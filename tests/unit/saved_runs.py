@@ -1,4 +1,7 @@
-"""Saved runs with a known answer, in pytest-benchmark's JSON form; every figure in them is made up."""
+"""Saved runs with a known answer, in pytest-benchmark's JSON form; every figure in them is made up.
+
+`run` and `cpu_run` measure whole cases of the matrix; `entry` is one time under any name, for tests of the comparison.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.suite.cases import Case, scope
 
 GPU = "NVIDIA Synthetic"
 IDENTITY = {"gpu": GPU, "gpu_id": "0f1e2d", "driver": "580.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}
+H200 = {"gpu": "NVIDIA H200", "gpu_id": "aa11", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
+WHEN = "2026-01-01T00:00:00+00:00"
 READ_LIMIT_US = [[0.25e6, 3.5], [2.2e6, 4.0], [8.7e6, 5.4], [33.6e6, 10.8], [134e6, 32.6], [540e6, 121.0]]  # bytes
 Speedup = Callable[[Case, str], float]  # (case, "device" | "call" | "graph") -> faster SDPA form's time / Triton's
 
@@ -29,8 +35,8 @@ def run(
     half_width: of each 95 % interval, relative to its median. without: (case id, method) pairs that were not measured.
     """
     ratio = speedup if callable(speedup) else lambda case, kind: speedup
-    benchmarks = [
-        benchmark(
+    entries = [
+        entry_of(
             case,
             method,
             {kind: _time_us(case, method, kind, ratio(case, kind)) for kind in _BASE},
@@ -47,53 +53,53 @@ def run(
         "copy_gbps": 4240.0,
         "read_limit_us": READ_LIMIT_US,
     }
-    return document(benchmarks, {**identity, "cuda": "13.0", "calibration": calibration}, when)
+    return document(entries, when, {**identity, "cuda": "13.0", "calibration": calibration})
 
 
 def cpu_run(cases: Iterable[Case], when: str = "2026-11-20T10:00:00+00:00") -> dict[str, Any]:
     """Return a run as a machine without a GPU makes it: references only, wall-clock time, no GPU figures."""
     identity = {"gpu": None, "gpu_id": None, "driver": None, "torch": "2.13.0+cpu", "triton": "3.7.1"}
-    benchmarks = []
+    entries = []
     for case in cases:
         for method in ("packed_sdpa", "sdpa_core"):
-            entry = benchmark(case, method, {"device": 1e3 * case.L}, 0.05, identity)
+            made = entry_of(case, method, {"device": 1e3 * case.L}, 0.05, identity)
             for key in ("gbps", "limit_us", "pct_of_limit"):
-                entry["extra_info"][key] = None
-            benchmarks.append(entry)
-    return document(benchmarks, identity, when)
+                made["extra_info"][key] = None
+            entries.append(made)
+    return document(entries, when, identity)
 
 
-def document(benchmarks: list[dict[str, Any]], machine: Mapping[str, Any], when: str) -> dict[str, Any]:
+def document(
+    entries: list[dict[str, Any]],
+    when: str = WHEN,
+    machine: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return a saved run of these entries, measured at `when`; more: other keys at its top."""
     return {
-        "machine_info": {"node": "synthetic", "machine": "x86_64", "cpu": {"brand_raw": "None"}, **machine},
+        "machine_info": {"node": "synthetic", "machine": "x86_64", "cpu": {"brand_raw": "None"}, **(machine or {})},
         "commit_info": {"id": "c0ffee0123456789", "branch": "main", "dirty": False},
-        "benchmarks": benchmarks,
+        "benchmarks": entries,
         "datetime": when,
         "version": "5.3.1",
+        **more,
     }
 
 
-def benchmark(
+def entry_of(
     case: Case, method: str, times_us: Mapping[str, float], half_width: float, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return one entry; times_us: "device" and, where measured, "call" and "graph"."""
+    """Return the entry of a case of the matrix; times_us: "device" and, where measured, "call" and "graph"."""
     device = times_us["device"]
     size = case.N * (case.L * (case.D + case.Dv) + case.H * (case.D + case.Dv)) * 2
-
-    def interval(time: float | None) -> list[float] | None:
-        return None if time is None else [time * (1 - half_width), time * (1 + half_width)]
-
     extra = {
         **{name: getattr(case, name) for name in ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "seed")},
-        "case": case.id,
-        "method": method,
         "scope": scope(method),
         "bytes": size,
         "bytes_rows": size,
         "gbps": size / device / 1e3,
         "limit_us": _limit_us(case),
         "pct_of_limit": None if case.family == "prefill" else 100 * _limit_us(case) / device,
-        "ci95_us": interval(device),
         "mae": 2e-4,
         "config" if method.startswith("triton") else "sdpa_backend": "gather BL64 w4 s3"
         if "triton" in method
@@ -101,38 +107,56 @@ def benchmark(
         **identity,
     }
     for kind in ("call", "graph"):
-        extra |= {f"{kind}_us": times_us.get(kind), f"{kind}_ci95_us": interval(times_us.get(kind))}
-    name = f"test_sel[{case.id}-{method}]"
-    seconds = device / 1e6
-    stats = {
-        **dict.fromkeys(("min", "max", "mean", "median", "hd15iqr", "ld15iqr"), seconds),
-        "q1": seconds * (1 - half_width),
-        "q3": seconds * (1 + half_width),
-        "iqr": 2 * half_width * seconds,
-        "stddev": half_width * seconds,
-        "rounds": 50,
-        "iterations": 1,
-    }
+        time = times_us.get(kind)
+        extra |= {f"{kind}_us": time, f"{kind}_ci95_us": None if time is None else _around(time, half_width)}
+    return entry(case.id, method, device, spread=half_width, ci=half_width, **extra)
+
+
+def entry(case: str, method: str, us: float, *, spread: float = 0.02, ci: float = 0.002, **more: Any) -> dict[str, Any]:
+    """Return one entry: quartiles at us * (1 +- spread), 95 % interval at us * (1 +- ci), mean at the median.
+
+    more: statistics in seconds, or keys of extra_info, in place of these or beside them.
+    """
+    q1, q3 = (bound * 1e-6 for bound in _around(us, spread))
+    stats = {"min": q1, "max": q3, "mean": us * 1e-6, "median": us * 1e-6, "q1": q1, "q3": q3, "iqr": q3 - q1}
+    stats |= {"stddev": spread * us * 1e-6, "rounds": 50, "iterations": 1, "total": us * 50e-6, "ops": 1e6 / us}
+    stats |= {"ld15iqr": q1, "hd15iqr": q3, "outliers": "0;0"}
+    stats |= {name: more.pop(name) for name in list(more) if name in stats}
+    name = f"test_sel[{case}-{method}]"
     return {
-        "group": case.id,
+        "group": case,
         "name": name,
         "fullname": f"tests/perf/test_sel.py::{name}",
         "params": None,
-        "param": f"{case.id}-{method}",
-        "extra_info": extra,
+        "param": f"{case}-{method}",
+        "extra_info": {"case": case, "method": method, "ci95_us": _around(us, ci), **H200, **more},
         "options": {"disable_gc": False, "min_rounds": 5, "warmup": False},
         "stats": stats,
     }
 
 
+def as_run(entries: list[dict[str, Any]], **more: Any) -> runs.Run:
+    """Return entries as a loaded run."""
+    return runs.from_entries("a run", entries, more.pop("machine_info", {}), **more)
+
+
 def save(data: Mapping[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data, indent=4))
     return path
+
+
+def save_entries(folder: Path, name: str, entries: list[dict[str, Any]], when: str = WHEN, **more: Any) -> Path:
+    """Write a run of these entries to `<folder>/<name>.json`."""
+    return save(document(entries, when, **more), folder / f"{name}.json")
 
 
 _BASE = {"device": 1.0, "call": 1.1, "graph": 0.9}  # of the device time
 _SLOWER_FORM = 1.4  # eager packed SDPA, where the compiled form is the faster one
+
+
+def _around(us: float, share: float) -> list[float]:
+    return [us * (1 - share), us * (1 + share)]
 
 
 def _limit_us(case: Case) -> float:
