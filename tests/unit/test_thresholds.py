@@ -233,6 +233,8 @@ def test_a_run_with_planted_slow_downs_is_refused(tmp_path):
 def test_a_run_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ThresholdError, match="no GPU figures"):
         decide(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))
+    with pytest.raises(ThresholdError, match="/0000_run.json: no GPU figures"):
+        decide(tmp_path, *[synthetic.cpu_run(DECODE)] * 2)
     with pytest.raises(ThresholdError, match="no GPU figures"):
         decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "cpu"}))
     assert decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "gfx942"})).gpu == "gfx942"
@@ -291,6 +293,12 @@ def test_failing_cases_are_slow_or_missing():
     assert [v.case for v in found.too_slow] == ["case1", "case3"]
     assert found.by_length() == [(16, list(found.verdicts[:2])), (32, list(found.verdicts[2:]))]
     assert [length for length, _ in threshold((64, 3.0), (16, 3.0), (32, 3.0)).by_length()] == [16, 32, 64]
+
+
+def test_equal_lengths_of_two_files_are_one_length():
+    long_ones = threshold((int("1000"), 1.1), (int("1000"), 0.9))  # two int objects
+    assert long_ones.deciding.case == "case1"
+    assert long_ones.by_length() == [(1000, list(long_ones.verdicts))]
 
 
 def test_a_verdict_says_its_bound_or_what_is_missing():
