@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nsa_sel.bench.report import screen
+from nsa_sel.bench.resume import plugin as resume
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
@@ -83,11 +83,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
         terminalreporter.write_line(line)
-    files = _saved(session)
+    files = [str(path) for path in resume.saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
-    terminalreporter.write_line(f"saved in {', '.join(files)}" if files else "not saved; --benchmark-autosave does")
+    if not (session.save or session.autosave or session.json):
+        terminalreporter.write_line("not saved; --benchmark-autosave does")
     if files:
+        terminalreporter.write_line(f"saved in {', '.join(files)}")
         terminalreporter.write_line(f"its report: nsa-sel report {files[0]} --out report")
 
 
@@ -103,15 +105,3 @@ def _proposal(path: str, matrix: str) -> str:
         return sentence(decide([Saved.load(path)], matrix))
     except (RunError, ThresholdError) as error:
         return f"no threshold proposed: {error}"
-
-
-def _saved(session: Any) -> list[str]:
-    """Return the files that the run was saved in."""
-    if session is None or not session.benchmarks:
-        return []
-    files = [str(getattr(session.json, "name", session.json))] if session.json else []  # a file before 5.3
-    if session.save or session.autosave:
-        storage = session.storage
-        found = sorted(Path(storage.path, storage.default_machine_id or "").glob("[0-9]*.json"))
-        files += [str(path) for path in found[-1:]]
-    return files

@@ -9,6 +9,7 @@ import torch
 
 from nsa_sel.bench.compare import hooks
 from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.resume import plugin as resume
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.timer import timing
@@ -34,6 +35,10 @@ CASES = pytest.StashKey[dict[str, cases.Case]]()
 @pytest.mark.filterwarnings("ignore")  # whatever torch and the compilers warn of, it is no reason to lose a measurement
 def test_sel(case_id, method, benchmark, bench: Session, pytestconfig: pytest.Config) -> None:
     case = pytestconfig.stash[CASES][case_id]
+    measure_again = functools.partial(bench.measure_again, case, method)
+    if resume.holds(pytestconfig, case_id, method):
+        hooks.register_remeasure(case_id, method, measure_again)
+        return
     benchmark.group = case_id
     try:
         with bench.ready(case, method) as (prepared, extra):
@@ -51,4 +56,4 @@ def test_sel(case_id, method, benchmark, bench: Session, pytestconfig: pytest.Co
         if isinstance(error, Exception) and bench.lost():
             pytest.exit(f"the GPU no longer answers since {case_id} {method}: {error}", returncode=1)
         raise
-    hooks.register_remeasure(case_id, method, functools.partial(bench.measure_again, case, method))
+    hooks.register_remeasure(case_id, method, measure_again)

@@ -21,6 +21,7 @@ ORDER = """
 """
 BENCH_ORDER = """
     timer saved tables < suite compare < threshold < report
+    timer saved < resume
     suite timer < methods < session tune checks
     compare < checks
     tune < precompile

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import journal
+
 IDENTITY = ("gpu", "gpu_id", "driver", "torch", "triton")
 MARK = "nsa_sel"  # key at the top of a saved run under which our own notes stand
 Key = tuple[str, str]  # case id, method
@@ -139,14 +141,15 @@ def short_name(path: Path | str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a saved run as it stands.
+    """Read a saved run as it stands; of a run that was killed, its journal.
 
     Raises: RunError if the file is missing, empty, truncated or something else than a run.
     """
     name = short_name(path)
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if text.strip() else None
+        read = journal.parse if path.suffix == journal.SUFFIX else json.loads
+        data = read(text) if text.strip() else None
     except OSError as error:
         raise RunError(f"{name}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError):
