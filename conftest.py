@@ -18,8 +18,9 @@ from nsa_sel.bench.compare.hooks import (
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
-from nsa_sel.bench.resume import plugin as resume
 from nsa_sel.bench.suite import cases
+
+pytest_plugins = ["nsa_sel.bench.resume.plugin"]
 
 __all__ = [
     "pytest_benchmark_group_stats",
@@ -34,7 +35,7 @@ __all__ = [
 FAMILY_HELP = f"only these, with commas: {', '.join(cases.FAMILIES)}; {cases.PEERS}: beside other people's kernels"
 
 
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa_sel")
     group.addoption("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
     group.addoption("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
@@ -47,4 +48,3 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         help="test of the instrument: slow a fixed tenth of the benchmarks down by this share of their device time",
     )
     hooks.addoption(parser)
-    pluginmanager.register(resume)

@@ -42,6 +42,7 @@ class Keeper:
         self._rescued: Path | None = None
         self._parts: list[str] = []  # files in which earlier sessions saved a part of this run
         self._taken = self._new = 0
+        self._warned = False
         self._save_all = self.benchmarks.handle_saving
         # pytest-benchmark calls this between our comparison and its own table; neither may fail because saving does.
         self.benchmarks.handle_saving = self.save
@@ -87,9 +88,9 @@ class Keeper:
             if self._journal is None:
                 name = self.name or (self.json.name if self.json else "")
                 self._journal = Journal.begin(self.folder(), name, dumps(self._head()))
-            warned = self._journal.fault
             self._journal.add(dumps(bench.as_dict(include_data=True)))
-            if self._journal.fault and not warned:
+            if self._journal.fault and not self._warned:
+                self._warned = True
                 self.say(f"what is measured is not on disk before the run ends: {self._journal.fault}")
         self._taken = len(self.benchmarks.benchmarks)
 
