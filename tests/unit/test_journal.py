@@ -94,6 +94,12 @@ def test_sel(benchmark, case_id, method, pytestconfig):
 """.replace("CASES", "".join(CASES))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def machine_is_known():
+    """Import Triton before an inner session, whose imports are forgotten, does: it cannot be imported twice."""
+    conditions.environment()
+
+
 @pytest.fixture
 def perf(pytester, monkeypatch):
     """Return a function that runs five cases: `do` says what happens in which."""
@@ -232,7 +238,7 @@ def test_a_run_that_is_not_saved_leaves_no_journal(perf, pytester):
 def test_a_json_file_has_its_journal_beside_it(perf, pytester):
     file = pytester.path / "out" / "r.json"
     early = perf(f"--benchmark-json={file}", do={"c": "terminate"})
-    early.stdout.fnmatch_lines(["*what was measured is in *out/.r.json.journal; the same command and --sel-resume*"])
+    early.stdout.fnmatch_lines(["*what was measured is in *out/.r.json.journal; the same command with --sel-resume*"])
     assert run.load(file).interrupted and len(run.load(file.parent / ".r.json.journal").timings) == 2
     assert perf(f"--benchmark-json={file}", "--sel-resume").ret == 0 and measured(pytester) == "cde"
     assert len(run.load(file).timings) == 5 and os.listdir(file.parent) == ["r.json"]
@@ -446,7 +452,7 @@ def test_a_run_that_a_full_disk_keeps_from_being_saved_is_saved_by_the_next(perf
         disk.setattr(FileStorage, "save", save)
         full = perf()
     assert full.ret == 0 and not saved(pytester)  # what was written of it is no run
-    full.stdout.fnmatch_lines(["*NOT SAVED: OSError: *No space left*", "*is in *.x.journal; the same command and*"])
+    full.stdout.fnmatch_lines(["*NOT SAVED: OSError: *No space left*", "*is in *.x.journal; the same command with*"])
     assert perf(*RESUME).ret == 0 and measured(pytester) == ""
     assert len(run.load(saved(pytester)[0]).timings) == 5 and not journals(pytester)
 

@@ -206,11 +206,11 @@ class Keeper:
         if self.partial:
             found.append(f"nsa_sel: ended early, after {len(self.ran)} of {len(self.pairs)} benchmarks; no baseline")
         if self._journal is not None and (self.fault or self.partial):
-            place, again = self._journal.path, "the same command and --sel-resume go on"
+            place, again = self._journal.path, "the same command with --sel-resume goes on"
             if self._journal.complete:
                 found.append(f"what was measured is in {place}; {again}")
             elif self._rescued:
-                found.append(f"what was measured is in {self._rescued}; moved to {place.parent}, {again} with it")
+                found.append(f"what was measured is in {self._rescued}; moved to {place.parent}, {again} there")
             else:
                 found.append("what was measured could not be kept anywhere else")
         own = self._journal.path if self._journal else None
