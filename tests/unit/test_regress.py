@@ -4,9 +4,7 @@ import dataclasses
 import itertools
 
 import pytest
-from saved_runs import as_run
-from saved_runs import entry as bench
-from saved_runs import save_entries as save
+from saved_runs import as_run, entry, save_entries
 
 from nsa_sel.bench.compare import command as compare_command
 from nsa_sel.bench.compare import rule
@@ -17,7 +15,7 @@ CASE = "rows-bf16-H8-D128-Dv128-L512-N1024-many"
 
 def compare_one(old_us, new_us, old=None, new=None):
     return rule.compare(
-        as_run([bench(CASE, "triton", old_us, **(old or {}))]), as_run([bench(CASE, "triton", new_us, **(new or {}))])
+        as_run([entry(CASE, "triton", old_us, **(old or {}))]), as_run([entry(CASE, "triton", new_us, **(new or {}))])
     )
 
 
@@ -51,9 +49,9 @@ def test_less_than_half_a_microsecond_is_noise():
 
 
 def test_less_than_the_timers_tick_is_noise():
-    old = as_run([bench(CASE, "triton", 3.0)], machine_info={"calibration": {"tick_us": 1.0}})
-    assert verdict(rule.compare(old, as_run([bench(CASE, "triton", 3.9)]))) == {"noise": 1}
-    assert verdict(rule.compare(old, as_run([bench(CASE, "triton", 4.1)]))) == {"regressions": 1}
+    old = as_run([entry(CASE, "triton", 3.0)], machine_info={"calibration": {"tick_us": 1.0}})
+    assert verdict(rule.compare(old, as_run([entry(CASE, "triton", 3.9)]))) == {"noise": 1}
+    assert verdict(rule.compare(old, as_run([entry(CASE, "triton", 4.1)]))) == {"regressions": 1}
 
 
 def test_three_quarters_of_the_wider_interval_is_noise():
@@ -290,13 +288,13 @@ def test_counts_and_faults_are_summed_up():
 
 
 def test_the_head_names_both_runs_and_their_dates():
-    old = as_run([bench("a", "triton", 9)], datetime="2026-01-02T03:04:05+00:00")
-    text = rule.compare(old, as_run([bench("a", "triton", 9)])).text()
+    old = as_run([entry("a", "triton", 9)], datetime="2026-01-02T03:04:05+00:00")
+    text = rule.compare(old, as_run([entry("a", "triton", 9)])).text()
     assert text.splitlines()[0] == "nsa_sel: a run (2026-01-02T03:04) -> a run"
 
 
 def test_runs_that_are_no_good_baseline_are_named():
-    whole = as_run([bench("a", "triton", 9)])
+    whole = as_run([entry("a", "triton", 9)])
     cut = dataclasses.replace(whole, name="cut short", interrupted=True)
     slow = dataclasses.replace(whole, name="slow", regressions=("a triton", "b triton"))
     for old, new in ((cut, whole), (whole, cut)):
@@ -317,7 +315,7 @@ def test_only_what_differs_between_the_machines_is_named():
 
 def test_another_gpu_is_said_rather_than_a_moved_machine():
     gpus = {"NVIDIA H200": 10, "NVIDIA L4": 20}
-    old, new = (as_run([bench("a", "packed_sdpa", us, gpu=gpu)]) for gpu, us in gpus.items())
+    old, new = (as_run([entry("a", "packed_sdpa", us, gpu=gpu)]) for gpu, us in gpus.items())
     text = rule.compare(old, new).text()
     assert "DIFFERENT GPU: NVIDIA H200 -> NVIDIA L4" in text
     assert "environment shift" not in text
@@ -340,7 +338,7 @@ def stored(tmp_path, monkeypatch):
 
     def store(name, us, gpu="NVIDIA H200", system="Linux", **more):
         folder = tmp_path / ".benchmarks" / f"{system}-{gpu.replace(' ', '-')}"
-        return save(folder, name, [bench("a", "triton", us, gpu=gpu)], f"2026-01-01T00:00:{name[2:4]}", **more)
+        return save_entries(folder, name, [entry("a", "triton", us, gpu=gpu)], f"2026-01-01T00:00:{name[2:4]}", **more)
 
     return store
 
@@ -407,7 +405,7 @@ def test_medians_decide_and_means_do_not():
 
 
 def test_missing_case_fails_and_new_case_is_listed():
-    old, new = as_run([bench("a", "triton", 9), bench("b", "triton", 9)]), as_run([bench("a", "triton", 9)])
+    old, new = as_run([entry("a", "triton", 9), entry("b", "triton", 9)]), as_run([entry("a", "triton", 9)])
     gone, added = rule.compare(old, new), rule.compare(new, old)
     assert (gone.missing, gone.exit_code) == ((("b", "triton"),), 1)
     assert "  b triton" in gone.text() and "FAIL, 1 missing" in gone.text()
@@ -416,7 +414,7 @@ def test_missing_case_fails_and_new_case_is_listed():
 
 
 def test_no_case_in_common_is_no_pass():
-    result = rule.compare(as_run([bench("a", "triton", 9)]), as_run([bench("b", "triton", 9)]))
+    result = rule.compare(as_run([entry("a", "triton", 9)]), as_run([entry("b", "triton", 9)]))
     assert result.exit_code == 1 and "no case in common" in result.text()
 
 
@@ -435,8 +433,8 @@ def test_other_versions_are_said_and_do_not_excuse(field):
 
 
 def sdpa_and_triton(sdpa_us, triton_us):
-    entries = [bench(case, "packed_sdpa", sdpa_us) for case in "abc"]
-    return as_run([*entries, bench("a", "triton", triton_us), bench("alone", "triton", triton_us)])
+    entries = [entry(case, "packed_sdpa", sdpa_us) for case in "abc"]
+    return as_run([*entries, entry("a", "triton", triton_us), entry("alone", "triton", triton_us)])
 
 
 def test_moved_machine_judges_triton_by_its_speed_up():
@@ -453,14 +451,14 @@ def test_moved_machine_judges_triton_by_its_speed_up():
 
 
 def test_one_changed_sdpa_case_is_no_moved_machine():
-    old = as_run([bench(case, "packed_sdpa", 100) for case in "abc"])
-    new = as_run([bench(case, "packed_sdpa", us) for case, us in (("a", 100), ("b", 200), ("c", 100))])
+    old = as_run([entry(case, "packed_sdpa", 100) for case in "abc"])
+    new = as_run([entry(case, "packed_sdpa", us) for case, us in (("a", 100), ("b", 200), ("c", 100))])
     assert not rule.compare(old, new).moved
 
 
 def test_core_scope_has_its_own_partner():
-    old = as_run([bench("a", "sdpa_core", 50), bench("a", "packed_sdpa", 50), bench("a", "triton_core", 20)])
-    new = as_run([bench("a", "sdpa_core", 54), bench("a", "packed_sdpa", 50.1), bench("a", "triton_core", 22.2)])
+    old = as_run([entry("a", "sdpa_core", 50), entry("a", "packed_sdpa", 50), entry("a", "triton_core", 20)])
+    new = as_run([entry("a", "sdpa_core", 54), entry("a", "packed_sdpa", 50.1), entry("a", "triton_core", 22.2)])
     assert rule.compare(old, new).moved
     assert rule.compare(old, new).exit_code == 0
 
@@ -480,12 +478,12 @@ def test_call_and_graph_time_only_warn():
 
 
 def fresh(us, case="a", method="triton"):
-    entry = bench(case, method, us)
-    return {(case, method): runs.timing(case, method, entry["stats"], entry["extra_info"], "again")}
+    made = entry(case, method, us)
+    return {(case, method): runs.timing(case, method, made["stats"], made["extra_info"], "again")}
 
 
 def test_measuring_again_clears_or_confirms():
-    alerted = rule.compare(as_run([bench("a", "triton", 100)]), as_run([bench("a", "triton", 120)]))
+    alerted = rule.compare(as_run([entry("a", "triton", 100)]), as_run([entry("a", "triton", 120)]))
     assert rule.to_measure_again(alerted) == [("a", "triton")]
     cleared = rule.confirm(alerted, fresh(104))
     assert cleared.exit_code == 0 and cleared.cleared and "again 104.00 us" in cleared.text()
@@ -504,7 +502,7 @@ def test_measuring_again_on_a_moved_machine_takes_the_partner_along():
 
 def test_names_from_a_file_cannot_drive_the_terminal():
     evil = "a\x1b[2J\nverdict: pass"
-    text = rule.compare(as_run([bench(evil, "triton", 100)]), as_run([bench(evil, "triton", 150)])).text()
+    text = rule.compare(as_run([entry(evil, "triton", 100)]), as_run([entry(evil, "triton", 150)])).text()
     assert "\x1b" not in text and "a\\x1b[2J\\nverdict: pass triton" in text
 
 
@@ -524,7 +522,7 @@ DAMAGED = {
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_unreadable_run_is_one_line_and_exit_2(kind, tmp_path, capsys):
     content, said = DAMAGED[kind]
-    bad, good = tmp_path / "bad.json", save(tmp_path, "good", [bench("a", "triton", 9)])
+    bad, good = tmp_path / "bad.json", save_entries(tmp_path, "good", [entry("a", "triton", 9)])
     bad.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert compare_command.main([str(good), str(bad)]) == 2
     error = capsys.readouterr().err
@@ -534,16 +532,16 @@ def test_unreadable_run_is_one_line_and_exit_2(kind, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([bench("a", "triton", 9), bench("a", "triton", 8)], "stands twice"),
-        ([bench("a", "triton", 9), bench("b", "triton", 8, gpu="NVIDIA L4")], "mixes the GPUs"),
-        ([bench("a", "triton", 9, median=float("nan"))], "median is nan"),
-        ([bench("a", "triton", 9, median=0)], "median is 0"),
-        ([bench("a", "triton", 9, ci95_us=None)], "ci95_us is None"),
-        ([bench("a", "triton", 9, call_us="fast")], "call_us is 'fast'"),
+        ([entry("a", "triton", 9), entry("a", "triton", 8)], "stands twice"),
+        ([entry("a", "triton", 9), entry("b", "triton", 8, gpu="NVIDIA L4")], "mixes the GPUs"),
+        ([entry("a", "triton", 9, median=float("nan"))], "median is nan"),
+        ([entry("a", "triton", 9, median=0)], "median is 0"),
+        ([entry("a", "triton", 9, ci95_us=None)], "ci95_us is None"),
+        ([entry("a", "triton", 9, call_us="fast")], "call_us is 'fast'"),
     ],
 )
 def test_wrong_entries_are_named(entries, said, tmp_path, capsys):
-    good, bad = save(tmp_path, "good", [bench("a", "triton", 9)]), save(tmp_path, "bad", entries)
+    good, bad = save_entries(tmp_path, "good", [entry("a", "triton", 9)]), save_entries(tmp_path, "bad", entries)
     assert compare_command.main([str(good), str(bad)]) == 2
     error = capsys.readouterr().err
     assert "bad.json" in error and said in error and error.count("\n") == 1
@@ -551,4 +549,4 @@ def test_wrong_entries_are_named(entries, said, tmp_path, capsys):
 
 def test_benchmarks_of_other_suites_are_left_out():
     other = {"extra_info": {}, "stats": {"median": 1.0}}
-    assert list(as_run([bench("a", "triton", 9), other]).timings) == [("a", "triton")]
+    assert list(as_run([entry("a", "triton", 9), other]).timings) == [("a", "triton")]

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-import saved_runs as synthetic
+import saved_runs
 
 from nsa_sel.bench import tables
 from nsa_sel.bench.saved.run import Saved
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("thin_matrix")
 
 
 def decide(tmp_path: Path, *documents: dict) -> Decision:
-    paths = [synthetic.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
+    paths = [saved_runs.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
     return rule.decide([Saved.load(path) for path in paths])
 
 
@@ -66,25 +66,25 @@ def op_keys(case: Case) -> set[tuple[str, str]]:
 
 
 def test_monotone_speedups_give_the_first_length_that_is_fast(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL, slow_up_to(64)))
+    decided = decide(tmp_path, saved_runs.run(FULL, slow_up_to(64)))
     assert of(decided, "rows").min_L == 128
     assert decided.min_L == 128
 
 
 def test_every_length_fast_gives_the_shortest_tested_length(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL))
+    decided = decide(tmp_path, saved_runs.run(FULL))
     assert [of(decided, regime).min_L for regime in rule.REGIMES] == [16, 128, 512]
     assert decided.min_L == 16  # prefill, tested from 512 on, forbids nothing below
 
 
 def test_a_hole_in_the_middle_counts(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: 1.0 if c.family == "rows" and c.L == 256 else 3.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: 1.0 if c.family == "rows" and c.L == 256 else 3.0))
     assert decided.min_L == 512
 
 
 def test_one_slow_case_among_the_longest_leaves_no_threshold(tmp_path):
     slow = first("rows", 1024)
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: 1.19 if c == slow else 3.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: 1.19 if c == slow else 3.0))
     assert of(decided, "rows").min_L is None
     assert decided.min_L is None
     assert of(decided, "rows").deciding.case == slow.id
@@ -92,7 +92,7 @@ def test_one_slow_case_among_the_longest_leaves_no_threshold(tmp_path):
 
 def test_one_slow_case_is_named_as_the_deciding_one(tmp_path):
     slow = first("rows", 128)
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: 1.1 if c == slow else 3.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: 1.1 if c == slow else 3.0))
     assert decided.min_L == 256
     assert decided.deciding_threshold.deciding.case == slow.id
 
@@ -100,18 +100,18 @@ def test_one_slow_case_is_named_as_the_deciding_one(tmp_path):
 @pytest.mark.parametrize("ratio, expected", [(1.2, 16), (1.1999, None)])
 def test_the_bound_is_1_2(tmp_path, ratio, expected):
     long_ones = {c.id for c in FULL if c.family == "rows" and c.L == 1024}
-    run = synthetic.run(FULL, lambda c, kind: ratio + 1e-9 if c.id in long_ones else 3.0, half_width=0.0)
+    run = saved_runs.run(FULL, lambda c, kind: ratio + 1e-9 if c.id in long_ones else 3.0, half_width=0.0)
     assert of(decide(tmp_path, run), "rows").min_L == expected
 
 
 def test_wide_intervals_count_against_triton(tmp_path):
     # 1.3 x 0.95 / 1.05 = 1.176 < 1.2, although the medians are 1.3 apart
-    assert decide(tmp_path, synthetic.run(FULL, 1.3, half_width=0.05)).min_L is None
-    assert decide(tmp_path, synthetic.run(FULL, 1.3, half_width=0.01)).min_L == 16
+    assert decide(tmp_path, saved_runs.run(FULL, 1.3, half_width=0.05)).min_L is None
+    assert decide(tmp_path, saved_runs.run(FULL, 1.3, half_width=0.01)).min_L == 16
 
 
 def test_nothing_qualifies(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL, 1.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, 1.0))
     assert decided.min_L is None
     assert {t.min_L for t in decided.thresholds} == {None}
 
@@ -119,21 +119,21 @@ def test_nothing_qualifies(tmp_path):
 @pytest.mark.parametrize("method", ["triton", "packed_sdpa", "packed_sdpa_compiled"])
 def test_a_missing_method_never_passes(tmp_path, method):
     lost = next(c for c in FULL if c.hot and c.family == "rows" and c.L == 256)
-    verdict = of(decide(tmp_path, synthetic.run(FULL, without={(lost.id, method)})), "rows")
+    verdict = of(decide(tmp_path, saved_runs.run(FULL, without={(lost.id, method)})), "rows")
     assert verdict.min_L == 512
     assert [v.problem for v in verdict.missing] == [f"{method} is missing from {tmp_path.name}/0000_run.json"]
 
 
 def test_a_missing_case_never_passes(tmp_path):
     lost = first("prefill", 1024)
-    decided = decide(tmp_path, synthetic.run(FULL, without=op_keys(lost)))
+    decided = decide(tmp_path, saved_runs.run(FULL, without=op_keys(lost)))
     assert of(decided, "prefill").min_L is None
     assert decided.min_L is None
     assert f"{lost.id}: missing from every run" in write_threshold.as_text(decided)
 
 
 def test_a_case_without_parity_or_call_time_never_passes(tmp_path):
-    data = synthetic.run(FULL)
+    data = saved_runs.run(FULL)
     no_parity, no_call = first("rows", 32), first("rows", 64)
     for entry in data["benchmarks"]:
         extra = entry["extra_info"]
@@ -148,19 +148,19 @@ def test_a_case_without_parity_or_call_time_never_passes(tmp_path):
 
 
 def test_a_regime_that_was_not_measured_leaves_no_threshold(tmp_path):
-    decided = decide(tmp_path, synthetic.run([c for c in FULL if c.family not in ("decode", "long")]))
+    decided = decide(tmp_path, saved_runs.run([c for c in FULL if c.family not in ("decode", "long")]))
     assert of(decided, "rows").min_L == 16
     assert of(decided, "decode").min_L is None
     assert decided.min_L is None
 
 
 def test_the_long_cases_speak_for_their_own_length_only(tmp_path):
-    decided = decide(tmp_path, synthetic.run([c for c in FULL if c.family != "decode"]))
+    decided = decide(tmp_path, saved_runs.run([c for c in FULL if c.family != "decode"]))
     assert of(decided, "decode").min_L == decided.min_L == 65_536
 
 
 def test_two_runs_count_by_the_worse(tmp_path):
-    fast, slow = synthetic.run(FULL), synthetic.run(FULL, slow_up_to(32))
+    fast, slow = saved_runs.run(FULL), saved_runs.run(FULL, slow_up_to(32))
     for order in ((fast, slow), (slow, fast)):
         decided = decide(tmp_path, *order)
         assert decided.min_L == 64
@@ -169,7 +169,7 @@ def test_two_runs_count_by_the_worse(tmp_path):
 
 def test_a_case_that_dropped_out_of_one_of_two_runs_is_missing(tmp_path):
     lost = first("rows", 64)
-    decided = decide(tmp_path, synthetic.run(FULL), synthetic.run(FULL, without=op_keys(lost)))
+    decided = decide(tmp_path, saved_runs.run(FULL), saved_runs.run(FULL, without=op_keys(lost)))
     assert [v.problem for v in of(decided, "rows").missing] == ["measured in 1 of 2 runs"]
     assert decided.min_L == 128
 
@@ -177,31 +177,33 @@ def test_a_case_that_dropped_out_of_one_of_two_runs_is_missing(tmp_path):
 def test_chunks_of_one_matrix_are_merged(tmp_path):
     rows = [c for c in FULL if c.family in ("rows", "ragged")]
     others = [c for c in FULL if c not in rows]
-    assert decide(tmp_path, synthetic.run(rows, slow_up_to(16)), synthetic.run(others)).min_L == 32
+    assert decide(tmp_path, saved_runs.run(rows, slow_up_to(16)), saved_runs.run(others)).min_L == 32
 
 
 def test_eager_decides_and_each_launch_has_its_own_answer(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: slow_up_to(128)(c, kind) if kind == "call" else 3.0))
+    decided = decide(
+        tmp_path, saved_runs.run(FULL, lambda c, kind: slow_up_to(128)(c, kind) if kind == "call" else 3.0)
+    )
     assert [of(decided, "rows", launch).min_L for launch in ("eager", "graph", "device")] == [256, 16, 16]
     assert decided.min_L == 256
 
 
 def test_the_largest_regime_is_switched_on(tmp_path):
     slow = lambda c, kind: 1.0 if (c.family, c.L) in (("rows", 16), ("prefill", 512)) else 3.0  # noqa: E731
-    decided = decide(tmp_path, synthetic.run(FULL, slow))
+    decided = decide(tmp_path, saved_runs.run(FULL, slow))
     assert [of(decided, regime).min_L for regime in rule.REGIMES] == [32, 128, 1024]
     assert decided.min_L == 1024
 
 
 def test_a_slow_ragged_case_counts_up_to_its_longest_row(tmp_path):
     slow = first("ragged", 256)  # rows of up to about 700 tokens, which "auto" compares with the threshold
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: 1.0 if c == slow else 3.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: 1.0 if c == slow else 3.0))
     assert decided.min_L == 1024
 
 
 def test_dtypes_are_judged_apart(tmp_path):
     half = cases.matrix("full", "fp16")
-    decided = decide(tmp_path, synthetic.run(FULL), synthetic.run(half, slow_up_to(32)))
+    decided = decide(tmp_path, saved_runs.run(FULL), saved_runs.run(half, slow_up_to(32)))
     assert of(decided, "rows", dtype="bf16").min_L == 16
     assert of(decided, "rows", dtype="fp16").min_L == 64
     assert decided.min_L == 64
@@ -210,21 +212,21 @@ def test_dtypes_are_judged_apart(tmp_path):
 def test_the_real_matrix_in_the_real_size(tmp_path, monkeypatch):
     monkeypatch.undo()
     whole = cases.matrix("full")
-    decided = decide(tmp_path, synthetic.run(whole, slow_up_to(32)))
+    decided = decide(tmp_path, saved_runs.run(whole, slow_up_to(32)))
     assert len(whole) == sum(len(of(decided, regime).verdicts) for regime in rule.REGIMES)
     assert decided.min_L == 64
-    assert decide(tmp_path, synthetic.run(FULL)).min_L is None  # a sixth of it proves nothing
+    assert decide(tmp_path, saved_runs.run(FULL)).min_L is None  # a sixth of it proves nothing
 
 
 @pytest.mark.parametrize("field", ["gpu", "driver", "torch", "triton"])
 def test_runs_of_two_machines_are_refused(tmp_path, field):
-    other = synthetic.IDENTITY | {field: "another"}
+    other = saved_runs.IDENTITY | {field: "another"}
     with pytest.raises(ThresholdError, match=f"differ in {field}: .*another"):
-        decide(tmp_path, synthetic.run(DECODE), synthetic.run(DECODE, identity=other))
+        decide(tmp_path, saved_runs.run(DECODE), saved_runs.run(DECODE, identity=other))
 
 
 def test_a_run_with_planted_slow_downs_is_refused(tmp_path):
-    data = synthetic.run(FULL)
+    data = saved_runs.run(FULL)
     data["benchmarks"][-1]["extra_info"]["planted"] = 1.15
     with pytest.raises(ThresholdError, match="planted"):
         decide(tmp_path, data)
@@ -232,12 +234,12 @@ def test_a_run_with_planted_slow_downs_is_refused(tmp_path):
 
 def test_a_run_without_a_gpu_is_refused(tmp_path):
     with pytest.raises(ThresholdError, match="no GPU figures"):
-        decide(tmp_path, synthetic.cpu_run(cases.matrix("smoke")))
+        decide(tmp_path, saved_runs.cpu_run(cases.matrix("smoke")))
     with pytest.raises(ThresholdError, match="/0000_run.json: no GPU figures"):
-        decide(tmp_path, *[synthetic.cpu_run(DECODE)] * 2)
+        decide(tmp_path, *[saved_runs.cpu_run(DECODE)] * 2)
     with pytest.raises(ThresholdError, match="no GPU figures"):
-        decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "cpu"}))
-    assert decide(tmp_path, synthetic.run(DECODE, identity=synthetic.IDENTITY | {"gpu": "gfx942"})).gpu == "gfx942"
+        decide(tmp_path, saved_runs.run(DECODE, identity=saved_runs.IDENTITY | {"gpu": "cpu"}))
+    assert decide(tmp_path, saved_runs.run(DECODE, identity=saved_runs.IDENTITY | {"gpu": "gfx942"})).gpu == "gfx942"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"benchmarks": [1]}', '{"benchmarks": []}'])
@@ -340,7 +342,7 @@ def test_only_eager_launches_decide():
 
 def test_a_verdict_a_threshold_and_a_decision_cannot_be_changed(tmp_path):
     found = threshold((16, 3.0))
-    saved = Saved.load(synthetic.save(synthetic.run(DECODE[:1]), tmp_path / "0001_run.json"))
+    saved = Saved.load(saved_runs.save(saved_runs.run(DECODE[:1]), tmp_path / "0001_run.json"))
     for held in (found, found.verdicts[0], decision_of(found), saved):
         with pytest.raises(dataclasses.FrozenInstanceError):
             held.verdicts = held.bound = held.run = None
@@ -355,7 +357,7 @@ TIMES = {"triton": (10, 9, 12), "packed_sdpa": (30, 24, 40), "packed_sdpa_compil
 
 def measured(times: dict[str, tuple[float, float, float]], case: Case = HOT, kind: str = "call") -> dict:
     """Return a run of one case with these times of one kind; whatever else it holds is 3x."""
-    data = synthetic.run([case])
+    data = saved_runs.run([case])
     for entry in data["benchmarks"]:
         median, *interval = times.get(entry["extra_info"]["method"], (1, 1, 1))
         if kind == "device":
@@ -367,7 +369,7 @@ def measured(times: dict[str, tuple[float, float, float]], case: Case = HOT, kin
 
 
 def judge(tmp_path: Path, *documents: dict, case: Case = HOT, launch: str = "eager") -> Verdict:
-    paths = [synthetic.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
+    paths = [saved_runs.save(data, tmp_path / f"000{at}_run.json") for at, data in enumerate(documents)]
     (verdict,) = rule.judge([case], [Saved.load(path) for path in paths], launch)
     return verdict
 
@@ -454,7 +456,7 @@ def test_a_time_without_a_whole_interval_is_not_measured(tmp_path, kind, changed
 def test_a_time_is_its_median_and_its_interval_in_order(tmp_path, interval, expected):
     data = measured(TIMES)
     data["benchmarks"][0]["extra_info"]["call_ci95_us"] = interval
-    saved = Saved.load(synthetic.save(data, tmp_path / "0001_run.json"))
+    saved = Saved.load(saved_runs.save(data, tmp_path / "0001_run.json"))
     assert saved.time_us((HOT.id, "triton"), "call") == expected
     assert saved.time_us((HOT.id, "flex_attention"), "call") is None
 
@@ -481,26 +483,26 @@ def test_a_ragged_case_reaches_to_its_longest_row_and_every_other_to_its_L(tmp_p
     # The longest of 64 ragged rows stands at 63.5 / 64 of a log-uniform law from 47 to 757 tokens.
     for family, longest in (("rows", 256), ("ragged", 741), ("decode", 256), ("prefill", 512), ("long", 65_536)):
         case = next(c for c in FULL if c.family == family and c.L >= 256)
-        assert judge(tmp_path, synthetic.run([case]), case=case).longest == longest
-        assert judge(tmp_path, synthetic.run([HOT]), case=case).longest == longest
+        assert judge(tmp_path, saved_runs.run([case]), case=case).longest == longest
+        assert judge(tmp_path, saved_runs.run([HOT]), case=case).longest == longest
 
 
 def test_a_saved_run_keeps_what_the_machine_and_the_commit_were(tmp_path):
-    data = synthetic.run([HOT])
+    data = saved_runs.run([HOT])
     path = tmp_path / "0001_run.json"
-    saved = Saved.load(str(synthetic.save(data, path)))
+    saved = Saved.load(str(saved_runs.save(data, path)))
     assert (saved.machine["node"], saved.commit) == ("synthetic", "c0ffee0123456789")
     assert saved.run.name == f"{tmp_path.name}/0001_run.json"
     assert saved.extras[HOT.id, "triton"]["family"] == "rows"
     for machine, commit in (([], None), ({}, {"id": None})):
-        saved = Saved.load(synthetic.save(data | {"machine_info": machine, "commit_info": commit}, path))
+        saved = Saved.load(saved_runs.save(data | {"machine_info": machine, "commit_info": commit}, path))
         assert (saved.machine, saved.commit) == ({}, "")
 
 
 def test_a_decision_names_its_gpu_matrix_and_newest_date(tmp_path):
     days = ("2026-03-01T23:00:00+00:00", "2026-12-02T10:00:00+00:00", "2026-07-01T10:00:00+00:00")
-    decided = decide(tmp_path, *(synthetic.run(DECODE, when=day) for day in days))
-    assert (decided.gpu, decided.date, decided.matrix) == (synthetic.GPU, "2026-12-02", "full")
+    decided = decide(tmp_path, *(saved_runs.run(DECODE, when=day) for day in days))
+    assert (decided.gpu, decided.date, decided.matrix) == (saved_runs.GPU, "2026-12-02", "full")
     assert [one.run.datetime for one in decided.runs] == list(days)
     assert len(decided.thresholds) == 9
     assert decided.thresholds[0].regime == "rows"
@@ -508,7 +510,7 @@ def test_a_decision_names_its_gpu_matrix_and_newest_date(tmp_path):
 
 
 def test_a_run_without_dtypes_is_refused(tmp_path):
-    data = synthetic.run([HOT])
+    data = saved_runs.run([HOT])
     for entry in data["benchmarks"]:
         entry["extra_info"]["dtype"] = "fp8"
     with pytest.raises(ThresholdError, match="/0000_run.json: no benchmark in it names a dtype of bf16, fp16"):
@@ -517,9 +519,9 @@ def test_a_run_without_dtypes_is_refused(tmp_path):
 
 def test_the_matrix_can_be_named(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
-    path = synthetic.save(synthetic.run(cases.matrix("smoke")), tmp_path / "0001_run.json")
+    path = saved_runs.save(saved_runs.run(cases.matrix("smoke")), tmp_path / "0001_run.json")
     assert threshold_command.main([str(path), "--matrix", "smoke"]) == 0
-    assert f"{synthetic.GPU}, 2026-11-20, matrix smoke, 1 run(s)" in capsys.readouterr().out
+    assert f"{saved_runs.GPU}, 2026-11-20, matrix smoke, 1 run(s)" in capsys.readouterr().out
     assert threshold_command.main([str(path)]) == 1
     said = capsys.readouterr().out
     assert "matrix full" in said
@@ -558,18 +560,18 @@ runtime:
 
 
 def apply(tmp_path: Path, *documents: dict) -> int:
-    paths = [synthetic.save(data, tmp_path / "runs" / f"000{at}_run.json") for at, data in enumerate(documents)]
+    paths = [saved_runs.save(data, tmp_path / "runs" / f"000{at}_run.json") for at, data in enumerate(documents)]
     return threshold_command.main([*map(str, paths), "--apply"])
 
 
 def test_apply_adds_one_entry_and_keeps_comments_and_order(files, tmp_path):
     config, prd = files
-    assert apply(tmp_path, synthetic.run(FULL, slow_up_to(64))) == 0
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(64))) == 0
     never = '    "NVIDIA Never": null    # measured, never\n'
-    assert config.read_text() == CONFIG.replace(never, f"{never}    {synthetic.GPU}: 128\n")
-    assert SelConfig.load(config, env={}).sel_triton_min_L == {"default": 64, "NVIDIA Never": None, synthetic.GPU: 128}
+    assert config.read_text() == CONFIG.replace(never, f"{never}    {saved_runs.GPU}: 128\n")
+    assert SelConfig.load(config, env={}).sel_triton_min_L == {"default": 64, "NVIDIA Never": None, saved_runs.GPU: 128}
     text = prd.read_text()
-    assert f"### {synthetic.GPU}: Triton from L = 128 (2026-11-20)" in text
+    assert f"### {saved_runs.GPU}: Triton from L = 128 (2026-11-20)" in text
     assert "No measured GPU yet." not in text
     assert f"| 64 | {sum(c.L == 64 and c.family in ('rows', 'ragged') for c in FULL)} | 0.99x |" in text
     assert "Decided by `rows-bf16-" in text and "L = 64): lower bound 0.99x" in text
@@ -577,15 +579,15 @@ def test_apply_adds_one_entry_and_keeps_comments_and_order(files, tmp_path):
 
 def test_apply_changes_an_existing_entry_in_place(files, tmp_path):
     config, _ = files
-    entry = f"    {synthetic.GPU}: 512  # measured here\n"
+    entry = f"    {saved_runs.GPU}: 512  # measured here\n"
     before = CONFIG.replace("    default", f"{entry}    default")
     config.write_text(before)
-    assert apply(tmp_path, synthetic.run(FULL)) == 0
+    assert apply(tmp_path, saved_runs.run(FULL)) == 0
     assert config.read_text() == before.replace(": 512 ", ": 16 ").replace(": 16  #", ": 16   #")
 
 
 def test_apply_twice_changes_nothing(files, tmp_path, capsys):
-    run = synthetic.run(FULL, slow_up_to(64))
+    run = saved_runs.run(FULL, slow_up_to(64))
     assert apply(tmp_path, run) == 0
     assert "Wrote" in capsys.readouterr().out
     first_time = [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in files]
@@ -596,24 +598,24 @@ def test_apply_twice_changes_nothing(files, tmp_path, capsys):
 
 def test_apply_keeps_the_other_gpus_and_replaces_its_own(files, tmp_path):
     config, prd = files
-    other = synthetic.IDENTITY | {"gpu": "NVIDIA Other"}
-    assert apply(tmp_path, synthetic.run(FULL, slow_up_to(64))) == 0
-    assert apply(tmp_path, synthetic.run(FULL, slow_up_to(32), identity=other)) == 0
-    assert apply(tmp_path, synthetic.run(FULL, slow_up_to(256), when="2026-12-01T00:00:00+00:00")) == 0
+    other = saved_runs.IDENTITY | {"gpu": "NVIDIA Other"}
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(64))) == 0
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(32), identity=other)) == 0
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(256), when="2026-12-01T00:00:00+00:00")) == 0
     entries = SelConfig.load(config, env={}).sel_triton_min_L
-    assert (entries[synthetic.GPU], entries["NVIDIA Other"]) == (512, 64)
+    assert (entries[saved_runs.GPU], entries["NVIDIA Other"]) == (512, 64)
     headings = [line for line in prd.read_text().splitlines() if line.startswith("### ")]
     assert headings == [
         "### NVIDIA Other: Triton from L = 64 (2026-11-20)",
-        f"### {synthetic.GPU}: Triton from L = 512 (2026-12-01)",
+        f"### {saved_runs.GPU}: Triton from L = 512 (2026-12-01)",
     ]
 
 
 def test_apply_turns_one_number_for_all_into_a_map(files, tmp_path):
     config, _ = files
     config.write_text("# Toggles.\nruntime:\n  sel_triton_min_L: 96  # tokens\n")
-    assert apply(tmp_path, synthetic.run(FULL)) == 0
-    assert SelConfig.load(config, env={}).sel_triton_min_L == {"default": 96, synthetic.GPU: 16}
+    assert apply(tmp_path, saved_runs.run(FULL)) == 0
+    assert SelConfig.load(config, env={}).sel_triton_min_L == {"default": 96, saved_runs.GPU: 16}
     assert "# Toggles." in config.read_text() and "# tokens" in config.read_text()
 
 
@@ -621,16 +623,16 @@ def test_apply_writes_through_a_link(files, tmp_path):
     config, _ = files
     link = tmp_path / "packaged.yaml"
     link.symlink_to(config)
-    path = synthetic.save(synthetic.run(FULL), tmp_path / "0001_run.json")
+    path = saved_runs.save(saved_runs.run(FULL), tmp_path / "0001_run.json")
     assert threshold_command.main([str(path), "--apply", "--config", str(link)]) == 0
     assert link.is_symlink()
-    assert SelConfig.load(config, env={}).has_entry(synthetic.GPU)
+    assert SelConfig.load(config, env={}).has_entry(saved_runs.GPU)
 
 
 def test_without_a_threshold_nothing_is_written_and_the_reason_is_said(files, tmp_path, capsys):
     before = [path.read_bytes() for path in files]
     slow, lost = first("rows", 1024), first("decode", 1024)
-    run = synthetic.run(FULL, lambda c, kind: 1.1 if c == slow else 3.0, without=op_keys(lost))
+    run = saved_runs.run(FULL, lambda c, kind: 1.1 if c == slow else 3.0, without=op_keys(lost))
     assert apply(tmp_path, run) == 1
     said = capsys.readouterr().out
     assert f"{slow.id}: lower bound 1.09x" in said
@@ -642,7 +644,7 @@ def test_without_a_threshold_nothing_is_written_and_the_reason_is_said(files, tm
 def test_a_prd_without_markers_is_refused_before_anything_is_written(files, tmp_path, capsys):
     config, prd = files
     prd.write_text("# Requirements\n")
-    assert apply(tmp_path, synthetic.run(FULL)) == 2
+    assert apply(tmp_path, saved_runs.run(FULL)) == 2
     assert "threshold:begin" in capsys.readouterr().err
     assert config.read_text() == CONFIG
 
@@ -662,9 +664,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
 
 
 def test_saved_figures_are_not_trusted(tmp_path):
-    data = synthetic.run(DECODE)
+    data = saved_runs.run(DECODE)
     data["benchmarks"][0]["extra_info"]["call_ci95_us"] = ["<script>", 3]
-    path = synthetic.save(data, tmp_path / "0001_run.json")
+    path = saved_runs.save(data, tmp_path / "0001_run.json")
     saved = Saved.load(path)
     assert saved.time_us(next(iter(saved.run.timings)), "call") is None
     assert json.loads(path.read_text())["benchmarks"]
