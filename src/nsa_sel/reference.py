@@ -71,7 +71,7 @@ def packed_sdpa(
         return _zeros(q, k, v)
     ragged = min_len != max_len
     index, valid = spans.token_index(ranges, S_kv, max_len, ragged=ragged)
-    q_rows = _aligned(q.transpose(1, 2).reshape(B * G * S, H, D))
+    q_rows = aligned(q.transpose(1, 2).reshape(B * G * S, H, D))
     k_rows = _gather(k, index).view(B * G * S, max_len, D)
     v_rows = _gather(v, index).view(B * G * S, max_len, Dv)
     mask = valid.transpose(1, 2).reshape(B * G * S, max_len) if ragged else None
@@ -135,13 +135,13 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, scale: float
     bias = torch.where(empty[..., None], 0.0, count.float().log())  # [B, S, G, S_kv], -inf where not selected
     bias = bias.transpose(1, 2)[:, :, :, None].expand(B, G, S, H, S_kv).reshape(B, G, S * H, S_kv)
     heads = q.float().transpose(1, 2).reshape(B, G, S * H, D)
-    heads, k, v = _aligned(heads), _aligned(k.float()), _aligned(v.float())
+    heads, k, v = aligned(heads), aligned(k.float()), aligned(v.float())
     out = F.scaled_dot_product_attention(heads, k, v, attn_mask=bias, scale=scale)
     out = out.view(B, G, S, H, Dv).transpose(1, 2)
     return torch.where(empty[..., None, None], 0.0, out).to(q.dtype)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Return x, copied if its strides or its pointer are such that SDPA's masked kernel refuses it."""
     x = x.contiguous()
     return x if torch.compiler.is_compiling() or x.data_ptr() % 16 == 0 else x.clone()
