@@ -145,7 +145,7 @@ def source(dtype, D, Dv, n_spans, L, masked, index=torch.int32):
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
     k, v, ranges = tensor(64, 1, 4096, D), tensor(64, 1, 4096, Dv), tensor(64, 1, 1, n_spans, 2, dtype=index)
-    values = fused._Launch(k, v, ranges, L, L if masked else 0).values
+    values = fused.Launch(k, v, ranges, L, fused.LARGEST_TILE).values
     arguments = (k, v, ranges, tensor(1), tensor(1), tensor(1) if masked else None, *values)
     signature, constants, attributes = {}, {}, {}
     for param, value in zip(fused._pack_rows.params, arguments, strict=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import traceback
 from collections import Counter
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -16,35 +19,64 @@ from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
+from nsa_sel.bench.tune.log import Progress
 
 BENCH = pytest.StashKey[Session]()
+PROGRESS = pytest.StashKey[Progress]()
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Session:
     """Compile the run's kernels, then calibrate the instrument, without which nothing can be timed."""
+    config = request.config
+    progress = config.stash.get(PROGRESS, Progress(io.StringIO()))
     if torch.cuda.is_available():
-        _say(request.config, _compiled(request.session))
+        with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            said = _compiled(request.session, progress)
+        _say(config, said)
     try:
-        made = request.config.stash[BENCH] = Session(plant=request.config.getoption("sel_plant"))
+        made = config.stash[BENCH] = Session(plant=config.getoption("sel_plant"))
+        progress.start("benchmarks", sum(map(_is_timed, request.session.items)))
         return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
 
 
-def _compiled(session: pytest.Session) -> str:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Show the time left, unless there is a line per test anyway (-v) or a worker of xdist runs them."""
+    if session.config.get_verbosity() <= 0 and not hasattr(session.config, "workerinput"):
+        progress = session.config.stash[PROGRESS] = Progress(sys.stdout)  # nothing is captured here
+        progress.start("benchmarks", sum(map(_is_timed, session.items)))
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Leave out the letter of a benchmark that did not fail: the line with the time left takes its place."""
+    if PROGRESS in config.stash and "benchmark" in report.keywords and (report.skipped or report.passed):
+        return report.outcome if report.skipped or report.when == "call" else "", "", ""
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    done = yield
+    if PROGRESS in item.config.stash and _is_timed(item):
+        item.config.stash[PROGRESS].step()
+    return done
+
+
+def _compiled(session: pytest.Session, progress: Progress) -> str:
     asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
     families = ",".join((*cases.FAMILIES, cases.PEERS))
     known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
     try:
         from nsa_sel.bench import precompile
 
-        return precompile.compile_kernels([(known[params["case_id"]], params["method"]) for params in asked])
+        return precompile.compile_kernels([(known[params["case_id"]], params["method"]) for params in asked], progress)
     except Exception as error:  # the run compiles what it needs, one kernel after another
         return f"kernels not compiled ahead: {type(error).__name__}: {error}"
 
 
-def _is_timed(item: pytest.Function) -> bool:
+def _is_timed(item: pytest.Item) -> bool:
     return hasattr(item, "callspec") and "case_id" in item.callspec.params
 
 
@@ -56,7 +88,7 @@ def _say(config: pytest.Config, text: str) -> None:
 
 @pytest.hookimpl(trylast=True)  # after our other note on a saved run
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Save why a method has no time beside peers."""
+    """Save why a method that was asked for has no time."""
     if reasons := _not_timed(config):
         saved = [{"case": case, "method": method, "reason": why} for (case, method), why in reasons.items()]
         output_json.setdefault(MARK, {})["not_timed"] = saved

@@ -27,11 +27,10 @@ def test_decode_example_prints_one_line_for_each_method(tmp_path):
     done = run(*shape, "--csv", "--md", str(table))
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(done.stdout.splitlines()))
-    assert [(row["L"], row["method"]) for row in rows] == [
-        (L, method) for L in ("128", "256") for method in ("triton", "packed_sdpa", "triton_core", "sdpa_core")
-    ]
+    methods = ("triton", "packed_sdpa", "packed_sdpa_fused", "triton_core", "sdpa_core")
+    assert [(row["L"], row["method"]) for row in rows] == [(L, method) for L in ("128", "256") for method in methods]
     for row in rows:
-        if "triton" in row["method"]:
+        if "triton" in row["method"] or row["method"] == "packed_sdpa_fused":
             assert row["note"] == "not timed: no GPU" and row["time_ms"] == ""
         else:
             assert float(row["time_ms"]) > 0 and float(row["gbps"]) > 0 and 0 < float(row["mae"]) < 1e-3

@@ -32,7 +32,7 @@ def test_subsets():
     assert set(hot) < set(FULL) and set(smoke) < set(FULL)
     assert Counter(case.family for case in hot) == {"rows": 63, "decode": 3}
     assert {(c.H, c.D, c.Dv) for c in hot if c.family == "rows"} == {(8, 128, 128)}
-    assert sum(len(case.methods) for case in hot) == 330
+    assert sum(len(case.methods) for case in hot) == 396
     assert sum("triton" not in m and "compiled" not in m for c in smoke for m in c.methods) >= 24
     assert {case.layout for case in smoke} == set(cases.LAYOUTS)
 
@@ -150,3 +150,11 @@ def test_memory_estimate_covers_the_tensors():
         kv = case.B * case.G * case.S_kv * (case.D + case.Dv) * 2
         packed = case.N * case.L * (case.D + case.Dv) * 2
         assert kv + 2 * packed < memory_estimate(case) < 30e9  # the whole matrix fits a card of 40 GB
+
+
+@pytest.mark.parametrize("family", ["rows", "ragged", "decode", "prefill"])
+def test_a_case_knows_whether_its_rows_have_one_length(family):
+    case = next(iter(cases.matrix("smoke", family=family)), None)
+    case = case or Case("prefill", "bf16", "many", 4, 64, 64, 128, 256, S=256, S_kv=256, block=64)
+    x = make_inputs(case, "cpu")
+    assert case.one_length == (x.min_len == x.max_len) == (family in ("rows", "decode"))

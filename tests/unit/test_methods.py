@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
+import torch
 
 from nsa_sel.bench.methods import compiled, contender, prepare
 from nsa_sel.bench.methods.contender import CaseState, Prepared, WrongResult
@@ -35,6 +39,19 @@ def test_the_core_opponent_gets_its_mask_ready_to_be_added_and_aligned():
     assert (mask == 0).flatten(1).sum(-1).tolist() == lengths.tolist()
     even = CaseState(SMALL, WallTimer())
     assert even.core_call.keywords["attn_mask"] is None
+
+
+def test_fused_packing_runs_in_the_backend_that_is_fastest_with_its_mask(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nsa_sel.bench.methods.fused", types.SimpleNamespace(packed_sdpa_fused=dict))
+    state = CaseState(SMALL, WallTimer())
+    state.device, state.sdpa_backend, state.core_backend = "cuda", "efficient", "cudnn"
+    prepared = prepare.prepare(state, "packed_sdpa_fused")
+    x = state.inputs
+    assert prepared.details == {"sdpa_backend": "cudnn"}
+    assert prepared.call.args == (x.q, x.k, x.v, x.ranges)
+    assert prepared.call.keywords == {"min_len": x.min_len, "max_len": x.max_len}
+    with prepared.guard():
+        assert torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_a_build_that_fails_is_not_tried_in_every_case(monkeypatch):

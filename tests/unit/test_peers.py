@@ -53,7 +53,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Session:
 
 def test_peers_are_timed_only_when_asked_for():
     full = cases.matrix("full")
-    assert len(full) == 658 and sum(len(case.methods) for case in full) == 2698
+    assert len(full) == 658 and sum(len(case.methods) for case in full) == 3356
     assert not any(case.peers or set(case.methods) & set(cases.PEER_METHODS) for case in full)
 
 
@@ -254,7 +254,7 @@ def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "tests/perf", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0 and "1 x triton: no GPU" in done.stdout, done.stdout + done.stderr
-    lines, notes = report_tables.peers(saved, Saved.load(saved))
+    lines, notes = report_tables.peers(Saved.load(saved))
     (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
     assert cells["triton"] == "n/a [1]" and float(cells["dense"]) > 0 and float(cells["packed_sdpa"]) > 0
     assert "[1] triton: no GPU" in notes and f"dense: torch {importlib.metadata.version('torch')}" in notes

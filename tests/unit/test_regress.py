@@ -293,6 +293,12 @@ def test_the_head_names_both_runs_and_their_dates():
     assert text.splitlines()[0] == "nsa_sel: a run (2026-01-02T03:04) -> a run"
 
 
+def test_a_run_from_before_an_sdpa_form_was_timed_can_still_be_compared():
+    old = [at(10), at(30, method="packed_sdpa")]
+    later = compare_timings(old, [*old, at(20, method="packed_sdpa_fused")])
+    assert later.exit_code == 0 and later.new_cases == ((CASE, "packed_sdpa_fused"),)
+
+
 def test_runs_that_are_no_good_baseline_are_named():
     whole = as_run([entry("a", "triton", 9)])
     cut = dataclasses.replace(whole, name="cut short", interrupted=True)

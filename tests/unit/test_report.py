@@ -139,7 +139,7 @@ def test_core_and_op_speedups_are_not_mixed():
 def saved_of(data: dict) -> Saved:
     run = runs.from_entries("a/b.json", data["benchmarks"], data["machine_info"])
     extras = {(e["extra_info"]["case"], e["extra_info"]["method"]): e["extra_info"] for e in data["benchmarks"]}
-    return Saved(run, extras, data["machine_info"], "")
+    return Saved(run, extras, data["machine_info"], "", {})
 
 
 def test_names_in_a_run_are_data(tmp_path):
@@ -180,6 +180,20 @@ def test_a_hot_run_renders_without_a_verdict(tmp_path):
     assert "support no threshold" in page.text
     assert "No such case with a Triton time in this run." in page.text  # no prefill
     assert page.tags.count("img") == 3
+
+
+def test_the_page_names_opponents_and_what_was_not_judged(tmp_path):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    whole = cases.matrix("full")
+    large = next(c for c in whole if c.family == "prefill")
+    reasons = {(large.id, method): "needs <30> GB" for method in large.methods}
+    folder = write(tmp_path, saved_runs.run(whole, not_timed=reasons))
+    page, hot = Page((folder / "report.html").read_text()), sum(c.hot for c in whole)
+    said = f"The opponent was packed SDPA with fused packing in {len(whole) - hot - 1} cases, compiled in {hot}."
+    for text in (page.text, (folder / "results.md").read_text()):
+        assert f"{said} Not judged, because no SDPA form ran: 1 case." in text
+    assert "packed_sdpa_fused 450, packed_sdpa_compiled 63" in page.text  # of the 513 rows and ragged cases
+    assert re.search(rf"not judged\s*why\s*{large.id}\s*needs <30> GB", page.text)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):

@@ -36,7 +36,7 @@ def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
     timed = [beside("triton", 10.0), beside("fla_nsa", 9.0, peer="fla-core 1.2"), beside("dense", 2.0)]
     missing = {("a", "flex_attention"): "wrong: 3 rows", ("a", "flashinfer_paged"): "no GPU"}
     lines, notes = screen.peers(timed, missing)
-    assert lines[1] == ["a", "10.0", "wrong [1]", "9.0 (0.90x)", "n/a [2]", "2.0 (0.20x)", "-", "-"]
+    assert lines[1] == ["a", "10.0", "wrong [1]", "9.0 (0.90x)", "n/a [2]", "2.0 (0.20x)", "-", "-", "-"]
     assert notes == [
         "faster than triton: fla_nsa in a, 9.0 against 10.0 µs",
         "fla_nsa: fla-core 1.2",
@@ -47,4 +47,7 @@ def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
     shown = screen.peers_screen(timed, missing)
     assert shown[1].split() == ["fla_nsa", "decode", "1", "0.90", "0.90"]
     assert shown[-2:] == ["1 x flex_attention: wrong: 3 rows", "1 x flashinfer_paged: no GPU"]
+    elsewhere = {("b", "packed_sdpa_compiled"): "torch.compile failed"}  # a case that is not beside peers
+    assert screen.peers_screen(timed, missing | elsewhere) == shown
+    assert screen.peers(timed[:1], elsewhere) == ([], []) and screen.peers_screen(timed[:1], elsewhere) == []
     assert screen.peers(timed[:1], {}) == ([], []) and screen.peers_screen(timed[:1], {}) == []

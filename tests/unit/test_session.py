@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import nsa_sel
-from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.methods import contender
+from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.session import Session, is_planted
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.timer.machine import environment
@@ -38,10 +42,18 @@ def test_a_measurement_says_what_ran_and_has_every_pinned_key(cpu_bench):
     assert 0 < found["mae"] < 1e-3
 
 
-@pytest.mark.parametrize("method", ["triton", "triton_core", "packed_sdpa_compiled"])
+@pytest.mark.parametrize("method", ["triton", "triton_core", "packed_sdpa_fused", "packed_sdpa_compiled"])
 def test_what_needs_a_gpu_is_not_timed_without_one(cpu_bench, method):
     with pytest.raises(NotTimed, match="no GPU"):
         cpu_bench.measure(SMALL, method)
+    assert cpu_bench.not_timed == {(SMALL.id, method): "no GPU"}
+
+
+def test_a_wrong_result_is_no_reason_to_have_no_time(cpu_bench, monkeypatch):
+    monkeypatch.setattr(contender, "check", lambda *arguments: (_ for _ in ()).throw(WrongResult("3 rows")))
+    with pytest.raises(WrongResult):
+        cpu_bench.measure(SMALL, "packed_sdpa")
+    assert not cpu_bench.not_timed
 
 
 def test_one_case_is_held_at_a_time(cpu_bench):
@@ -86,3 +98,30 @@ def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=hidden)
     assert done.returncode == 1 and said in done.stdout and "out of order" in done.stdout
     assert len(done.stdout.splitlines()) < 60, done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_a_run_shows_the_time_left_in_place_of_a_letter_per_benchmark(on_a_terminal):
+    root = Path(nsa_sel.__file__).parents[2]
+    chosen = ["--sel-matrix=smoke", "--sel-family=decode", "-k", "t512 and (packed_sdpa or sdpa_core)"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", *chosen]
+    env = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", "NO_COLOR": "1"}
+    if on_a_terminal:
+        ours, theirs = os.openpty()
+        with subprocess.Popen(command, cwd=root, env=env, stdout=theirs, stdin=subprocess.DEVNULL) as process:
+            os.close(theirs)
+            shown = "".join(_read(ours))
+        assert process.returncode == 0, shown
+    else:
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env).stdout
+    assert re.search(r"\[#+\] (\d+)/\1, 0:00 left: benchmarks", shown), shown
+    assert ("\r[#" in shown) == on_a_terminal
+    assert re.search(r"\b2 passed", shown) and re.search(r"\b1 skipped", shown) and " no GPU" in shown
+    assert not re.search(r"^\r?[.s]+\s*(\[ *\d+%\])?\r?$", shown, re.MULTILINE)
+
+
+def _read(terminal: int) -> Iterator[str]:
+    """Yield what is written to a pseudo-terminal until its other end is closed, which ends in an error on Linux."""
+    with contextlib.suppress(OSError), os.fdopen(terminal, "r", newline="") as stream:
+        yield from stream

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def thin(dtype: str = "bf16") -> list[Case]:
 
 FULL = thin()
 DECODE = [c for c in FULL if c.family == "decode"]
+HOT = next(c for c in FULL if c.family == "rows" and c.L == 16)
+COLD = next(c for c in DECODE if not c.hot)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -116,7 +119,7 @@ def test_nothing_qualifies(tmp_path):
     assert {t.min_L for t in decided.thresholds} == {None}
 
 
-@pytest.mark.parametrize("method", ["triton", "packed_sdpa", "packed_sdpa_compiled"])
+@pytest.mark.parametrize("method", ["triton", "packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled"])
 def test_a_missing_method_never_passes(tmp_path, method):
     lost = next(c for c in FULL if c.hot and c.family == "rows" and c.L == 256)
     verdict = of(decide(tmp_path, saved_runs.run(FULL, without={(lost.id, method)})), "rows")
@@ -188,6 +191,15 @@ def test_eager_decides_and_each_launch_has_its_own_answer(tmp_path):
     assert decided.min_L == 256
 
 
+@pytest.mark.parametrize("slow", ["device", "call", "graph"])
+def test_device_time_and_the_launchs_own_time_must_both_hold(tmp_path, slow):
+    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: slow_up_to(128)(c, kind) if kind == slow else 3.0))
+    found = {launch: of(decided, "rows", launch).min_L for launch in ("eager", "graph", "device")}
+    fails = {"device": ("eager", "graph", "device"), "call": ("eager",), "graph": ("graph",)}[slow]
+    assert found == {launch: 256 if launch in fails else 16 for launch in found}
+    assert all(0.98 < min(v.bound for v in of(decided, "rows", launch).verdicts) < 1 for launch in fails)
+
+
 def test_the_largest_regime_is_switched_on(tmp_path):
     slow = lambda c, kind: 1.0 if (c.family, c.L) in (("rows", 16), ("prefill", 512)) else 3.0  # noqa: E731
     decided = decide(tmp_path, saved_runs.run(FULL, slow))
@@ -249,6 +261,118 @@ def test_damaged_json_ends_in_one_line_and_exit_code_2(tmp_path, capsys, content
     assert threshold_command.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "0001_broken.json" in line
+
+
+# ---- Cases in which an SDPA form has no time, and the saved reason
+
+
+def refused(case: Case, *methods: str, why: str = "needs 30.0 GB, 20.0 GB are free") -> dict[tuple[str, str], str]:
+    return {(case.id, method): why for method in methods or case.methods}
+
+
+def test_a_case_in_which_no_sdpa_form_ran_is_not_judged_counted_and_named(tmp_path):
+    large = first("prefill", 1024)
+    decided = decide(tmp_path, synthetic.run(FULL, not_timed=refused(large)))
+    found = of(decided, "prefill")
+    assert found.min_L == 512 and decided.min_L == 16
+    assert [(v.case, v.not_judged) for v in found.not_judged] == [(large.id, "needs 30.0 GB, 20.0 GB are free")]
+    assert not found.failing and not found.missing
+    assert decided.not_judged == found.not_judged
+    said = write_threshold.as_text(decided)
+    assert "Not judged, because no SDPA form ran: 1 case." in said
+    assert f"{large.id}: needs 30.0 GB, 20.0 GB are free" in said
+    assert f"Not judged: `{large.id}`: needs 30.0 GB, 20.0 GB are free." in write_threshold.prd_section(decided)
+
+
+def test_tritons_own_time_does_not_matter_where_no_sdpa_form_ran(tmp_path):
+    large = first("rows", 1024)
+    forms = [method for method in large.methods if method.startswith("packed")]
+    decided = decide(
+        tmp_path, synthetic.run(FULL, lambda c, kind: 0.5 if c == large else 3.0, not_timed=refused(large, *forms))
+    )
+    assert decided.min_L == 16 and [v.case for v in decided.not_judged] == [large.id]
+
+
+def test_different_reasons_are_all_said(tmp_path):
+    reasons = {
+        **refused(COLD, "packed_sdpa", why="out of memory"),
+        **refused(COLD, "packed_sdpa_fused", why="no backend"),
+    }
+    verdict = judge(tmp_path, synthetic.run([COLD], not_timed=reasons), case=COLD)
+    assert verdict.not_judged == "packed_sdpa: out of memory; packed_sdpa_fused: no backend"
+
+
+def test_a_case_is_judged_against_the_sdpa_forms_that_ran(tmp_path):
+    data = synthetic.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled"), half_width=0)
+    verdict = judge(tmp_path, data)
+    assert verdict.opponent == "packed_sdpa_fused" and verdict.bound == pytest.approx(1.5 * 1.2)
+    data = synthetic.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled", "packed_sdpa_fused"), half_width=0)
+    verdict = judge(tmp_path, data)
+    assert verdict.opponent == "packed_sdpa" and verdict.bound == pytest.approx(1.5 * 1.4)
+
+
+def test_a_form_without_a_time_and_without_a_reason_is_missing(tmp_path):
+    data = synthetic.run([HOT], without={(HOT.id, "packed_sdpa")}, not_timed=refused(HOT, "packed_sdpa_fused"))
+    assert judge(tmp_path, data).problem.startswith("packed_sdpa is missing from ")
+    gone = refused(HOT, "packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled")
+    data = synthetic.run([HOT], without={(HOT.id, "triton")}, not_timed=gone)
+    assert judge(tmp_path, data).problem.startswith("triton is missing from ")
+
+
+def test_a_run_from_before_fused_packing_lacks_the_honest_opponent(tmp_path):
+    decided = decide(tmp_path, synthetic.run(FULL, without={(c.id, "packed_sdpa_fused") for c in FULL}))
+    assert decided.min_L is None
+    assert {v.problem for v in of(decided, "rows").verdicts} == {
+        f"packed_sdpa_fused is missing from {tmp_path.name}/0000_run.json"
+    }
+
+
+def test_triton_without_a_time_beside_an_sdpa_form_with_one_never_passes(tmp_path):
+    verdict = judge(tmp_path, synthetic.run([HOT], not_timed=refused(HOT, "triton", why="H=300 is above 128")))
+    assert verdict.problem.startswith("triton has no time in ") and verdict.problem.endswith(": H=300 is above 128")
+
+
+def test_a_case_not_judged_in_one_run_is_judged_by_the_other(tmp_path):
+    small, large = synthetic.run([HOT], not_timed=refused(HOT)), synthetic.run([HOT], 1.5)
+    small["benchmarks"] = synthetic.run([COLD])["benchmarks"]
+    for order in ((small, large), (large, small)):
+        verdict = judge(tmp_path, *order)
+        assert not verdict.not_judged and 1.4 < verdict.bound < 1.5
+
+
+def test_a_regime_in_which_nothing_could_be_judged_leaves_no_threshold(tmp_path):
+    prefill = {key: why for c in FULL if c.family == "prefill" for key, why in refused(c).items()}
+    decided = decide(tmp_path, synthetic.run(FULL, not_timed=prefill))
+    assert of(decided, "prefill").min_L is None and decided.min_L is None
+    assert "prefill, bf16: 0 of 0 judged cases do not qualify" in write_threshold.as_text(decided)
+
+
+@pytest.mark.parametrize("mark", [
+    None, [], {"not_timed": None}, {"not_timed": {"case": "a"}}, {"not_timed": [None, 3, "packed_sdpa"]},
+    {"not_timed": [{"case": HOT.id, "method": "packed_sdpa"}]},
+    {"not_timed": [{"case": HOT.id, "method": "packed_sdpa", "reason": ""}]},
+    {"not_timed": [{"case": HOT.id, "method": "packed_sdpa", "reason": ["out of memory"]}]},
+    {"not_timed": [{"case": 3, "method": "packed_sdpa", "reason": "out of memory"}]},
+])  # fmt: skip
+def test_a_reason_that_is_none_excuses_nothing(tmp_path, mark):
+    data = synthetic.run([HOT], without={(HOT.id, "packed_sdpa")}) | {"nsa_sel": mark}
+    assert judge(tmp_path, data).problem.startswith("packed_sdpa is missing from ")
+
+
+def test_the_verdict_says_how_often_each_form_was_the_opponent(tmp_path):
+    # Where the case is hot the compiled form is the fastest, elsewhere the one with fused packing.
+    hot, gone = first("rows", 16), next(c for c in FULL if not c.hot)
+    run = synthetic.run(FULL, not_timed={**refused(hot, "packed_sdpa_compiled"), **refused(gone, "packed_sdpa_fused")})
+    counts = {"packed_sdpa_compiled": sum(c.hot for c in FULL) - 1, "packed_sdpa": 1}
+    counts["packed_sdpa_fused"] = len(FULL) - sum(counts.values())
+    decided = decide(tmp_path, run)
+    assert decided.opponents == counts
+    names = {"packed_sdpa_fused": "with fused packing", "packed_sdpa_compiled": "compiled", "packed_sdpa": "eager"}
+    order = sorted(counts, key=lambda form: -counts[form])
+    listed = ", ".join(f"{names[form]} in {counts[form]}" + (" cases" if form == order[0] else "") for form in order)
+    assert f"The opponent was packed SDPA {listed}." in write_threshold.sentence(decided)
+    slow = synthetic.run(FULL, 1.0)
+    assert "The opponent was packed SDPA compiled in" in write_threshold.sentence(decide(tmp_path, slow))
 
 
 # ---- The rule on verdicts written out: (L, bound), (L, bound, longest row) or (L, what is missing)
@@ -351,8 +475,12 @@ def test_a_verdict_a_threshold_and_a_decision_cannot_be_changed(tmp_path):
 # ---- What a run's figures say of one case
 
 
-HOT, COLD = first("rows", 16), next(c for c in DECODE if not c.hot)
-TIMES = {"triton": (10, 9, 12), "packed_sdpa": (30, 24, 40), "packed_sdpa_compiled": (20, 15, 26)}  # median, 95 % CI
+TIMES = {  # median, 95 % CI
+    "triton": (10, 9, 12),
+    "packed_sdpa": (30, 24, 40),
+    "packed_sdpa_fused": (50, 45, 60),
+    "packed_sdpa_compiled": (20, 15, 26),
+}
 
 
 def measured(times: dict[str, tuple[float, float, float]], case: Case = HOT, kind: str = "call") -> dict:
@@ -377,9 +505,10 @@ def judge(tmp_path: Path, *documents: dict, case: Case = HOT, launch: str = "eag
 @pytest.mark.parametrize(("launch", "kind"), [("eager", "call"), ("graph", "graph"), ("device", "device")])
 def test_the_bound_is_the_faster_sdpa_forms_lower_end_over_tritons_upper_end(tmp_path, launch, kind):
     verdict = judge(tmp_path, measured(TIMES, kind=kind), launch=launch)
-    assert verdict == Verdict(HOT.id, "rows", 16, 16, 15 / 12, pytest.approx(2))
-    swapped = TIMES | {"packed_sdpa": TIMES["packed_sdpa_compiled"], "packed_sdpa_compiled": TIMES["packed_sdpa"]}
-    assert judge(tmp_path, measured(swapped, kind=kind), launch=launch) == verdict
+    assert verdict == Verdict(HOT.id, "rows", 16, 16, 15 / 12, pytest.approx(2), opponent="packed_sdpa_compiled")
+    for form in ("packed_sdpa", "packed_sdpa_fused"):
+        swapped = TIMES | {form: TIMES["packed_sdpa_compiled"], "packed_sdpa_compiled": TIMES[form]}
+        assert judge(tmp_path, measured(swapped, kind=kind), launch=launch) == replace(verdict, opponent=form)
     backwards = {method: (median, high, low) for method, (median, low, high) in TIMES.items()}
     assert judge(tmp_path, measured(backwards, kind=kind), launch=launch) == verdict
 
@@ -448,7 +577,7 @@ def test_a_time_without_a_whole_interval_is_not_measured(tmp_path, kind, changed
     data["benchmarks"][0]["extra_info"] |= {f"{kind}_{name}": value for name, value in changed.items()}
     launch = {"call": "eager", "graph": "graph"}[kind]
     method = data["benchmarks"][0]["extra_info"]["method"]
-    assert judge(tmp_path, data, launch=launch).problem.startswith(f"{method} has no {launch} time in ")
+    assert judge(tmp_path, data, launch=launch).problem.startswith(f"{method} has no {kind} time in ")
     assert not judge(tmp_path, data, launch="device").problem
 
 

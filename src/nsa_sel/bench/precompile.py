@@ -13,9 +13,11 @@ import torch
 
 from ..kernel import launch
 from ..kernel.launch_config import span_bucket
+from .methods.fused import Packing, packing_of
 from .suite.cases import TRITON_METHODS, Case
 from .suite.inputs import TORCH_DTYPES, Inputs
 from .tune import workers
+from .tune.log import Progress
 from .tune.space import Variant
 
 LIMIT_S = 150.0  # for all of them
@@ -23,7 +25,7 @@ CACHED_S = 0.25  # a kernel that is ready sooner was not compiled
 PROBES = 4
 
 
-def compile_kernels(pairs: Iterable[tuple[Case, str]]) -> str:
+def compile_kernels(pairs: Iterable[tuple[Case, str]], progress: Progress) -> str:
     """Compile what these (case, method) pairs launch on the GPU, and say in a sentence what was done."""
     begin = time.perf_counter()
     variants = distinct(pairs, "cuda")
@@ -35,18 +37,21 @@ def compile_kernels(pairs: Iterable[tuple[Case, str]]) -> str:
     if all(seconds is not None and seconds < CACHED_S for seconds in map(seconds_to_build, probes)):
         return f"{len(variants)} kernels, compiled before"
     processes = min(workers.workers(), len(variants))
+    progress.start("kernels compiled", len(variants))
     try:
-        failed = len(workers.compile_all(variants, lambda: None, total_s=LIMIT_S))
+        failed = len(workers.compile_all(variants, progress.step, total_s=LIMIT_S))
     except TimeoutError:
         return f"{len(variants)} kernels were not compiled in {LIMIT_S:.0f} s: the run compiles what is missing"
     took = f"in {time.perf_counter() - begin:.0f} s by {processes} processes"
     return f"{len(variants) - failed} of {len(variants)} kernels compiled {took}"
 
 
-def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Variant]:
+def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Variant | Packing]:
     """Return every kernel that these (case, method) pairs launch, once."""
-    found: dict[Variant, None] = {}
+    found: dict[Variant | Packing, None] = {}
     for case, method in pairs:
+        if method == "packed_sdpa_fused":
+            found[packing_of(case, torch.device(device))] = None
         if method not in TRITON_METHODS:
             continue
         core = method == "triton_core"
@@ -54,8 +59,7 @@ def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Variant]:
         if launch.unsupported_reason(x.q, x.k, x.v, x.ranges) is None:
             config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
             S, n_spans = x.q.shape[1], span_bucket(x.ranges.shape[3])
-            kernel = Variant(case.dtype, min(S, 2), case.H, case.D, case.Dv, n_spans, config.with_fewest_parts())
-            found[kernel] = None
+            found[Variant(case.dtype, min(S, 2), case.H, case.D, case.Dv, n_spans, config.with_fewest_parts())] = None
     return list(found)
 
 
@@ -68,11 +72,11 @@ def blank(case: Case, core: bool, device: str) -> Inputs:
     q = torch.empty(B, S, G, case.H, case.D, dtype=dtype, device=device)
     k = torch.empty(B, G, S_kv, case.D, dtype=dtype, device=device)
     v = torch.empty(B, G, S_kv, case.Dv, dtype=dtype, device=device)
-    shortest = 0 if case.family == "ragged" else case.longest
+    shortest = case.longest if case.one_length else 0
     return Inputs(q, k, v, torch.zeros(B, S, G, n_spans, 2, dtype=torch.int32, device=device), shortest, case.longest)
 
 
-def seconds_to_build(kernel: Variant) -> float | None:
+def seconds_to_build(kernel: Variant | Packing) -> float | None:
     """Build a kernel in this process and return the seconds that it took; None if it cannot be built."""
     try:
         begin = time.perf_counter()

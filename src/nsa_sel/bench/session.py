@@ -42,7 +42,7 @@ class Session:
             torch.set_num_threads(1)  # with two, a busy core makes every OpenMP barrier wait for the scheduler
         self.plant = plant
         self.calibration = calibrate(self.timer)
-        self.not_timed: dict[tuple[str, str], str] = {}  # (case, method) among peers -> why it has no time
+        self.not_timed: dict[tuple[str, str], str] = {}  # (case, method) -> why it has no time
         self._state: CaseState | None = None
         self._refused: tuple[Case, str] | None = None
         gc.collect()
@@ -111,7 +111,7 @@ class Session:
                     raise
                 kind = "wrong" if isinstance(error, WrongResult) else f"failed: {type(error).__name__}"
                 reason = NotTimed(" ".join(f"{kind}: {error}".split())[:300])
-            if case.peers:
+            if case.peers or isinstance(reason, NotTimed):
                 self.not_timed[case.id, method] = str(reason)
             if reason is error:
                 raise

@@ -2,9 +2,11 @@
 
 The kernel copies K and V of every row in one launch and, where rows have different lengths, writes the mask in the form
 that SDPA adds to its scores, so that SDPA has nothing to convert.
+Source: docs/measuring.md, "Scopes".
 """
 
 # No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_sel.kernel.device import gpu_of
-from nsa_sel.kernel.direct import DIRECT_LAUNCH, direct_launch
-from nsa_sel.kernel.launch import remember
-from nsa_sel.kernel.tiles import load_spans
-from nsa_sel.reference import MAX_SDPA_BATCH, aligned
+from ...kernel.device import gpu_of
+from ...kernel.direct import DIRECT_LAUNCH, direct_launch
+from ...kernel.launch import remember
+from ...kernel.launch_config import span_bucket
+from ...kernel.tiles import load_spans
+from ...reference import MAX_SDPA_BATCH, aligned
+from ..suite.cases import Case
+from ..suite.inputs import TORCH_DTYPES
+from .contender import MASK_ALIGNMENT, MASKED
 
-# What SDPA itself puts into a mask for cuDNN, which has trouble with -inf; beside a real token its weight is exactly 0.
-MASKED = -65504.0
-MASK_ALIGNMENT = 16  # elements: a mask whose rows begin elsewhere is copied at every call
 CHUNK_N = tl.constexpr(64)  # spans that are compared with every token of a tile at a time
 LARGEST_TILE, SMALLEST_TILE = 64, 16  # tokens
 WIDEST_COPY = 128  # columns
@@ -97,8 +100,8 @@ def _pack_rows(
             high = tl.sum((stop - (end - start) < last).to(tl.int32))
             before = tl.sum(tl.where(offs_n < low, end - start, 0))
             token = position * 0
-            for n in range(low, high, CHUNK_N):
-                offs_c = n + tl.arange(0, CHUNK_N)
+            for c in range(0, tl.cdiv(high - low, CHUNK_N)):
+                offs_c = low + c * CHUNK_N + tl.arange(0, CHUNK_N)
                 start_c, end_c = load_spans(row_ptr, step_rn, offs_c, n_spans, S_kv, WIDE)
                 here, length = _tokens_in(start_c, end_c, before, position)
                 token += here
@@ -119,22 +122,62 @@ def _pack_rows(
         _copy(src, v_rows_ptr + row_start * DV, token * stride_vt * UNIT, at, load_l, store_l, DV, BLOCK_DV)
 
 
-class _Launch:
+@dataclass(frozen=True)
+class Packing:
+    """Name one packing kernel: everything that it is specialised on. n_spans: the most spans per row that it takes."""
+
+    dtype: str
+    D: int
+    Dv: int
+    n_spans: int
+    block_l: int
+    masked: bool
+
+
+def packing_of(case: Case, device: torch.device) -> Packing:
+    """Return the kernel that packs a case's rows."""
+    block_l = tile_tokens(case.N, case.longest, device)
+    return Packing(case.dtype, case.D, case.Dv, span_bucket(case.n_spans), block_l, not case.one_length)
+
+
+def tile_tokens(N: int, max_len: int, device: torch.device) -> int:
+    """Return how many tokens of its row a program packs: fewer where there would be too few programs."""
+    enough, block_l = PROGRAMS_PER_SM * gpu_of(device).sm_count, LARGEST_TILE
+    while block_l > SMALLEST_TILE and 2 * N * triton.cdiv(max_len, block_l) < enough:
+        block_l //= 2
+    return block_l
+
+
+def pack_empty_row(kernel: Packing) -> None:
+    """Launch a packing kernel on the GPU, with the alignment and types of the timing, for one empty row."""
+    k, v, ranges = empty_row(kernel, "cuda")
+    mask = torch.empty_like(k) if kernel.masked else None
+    launch = Launch(k, v, ranges, LARGEST_TILE, kernel.block_l)
+    launch.run(k, v, ranges, torch.empty_like(k), torch.empty_like(v), mask)
+
+
+def empty_row(kernel: Packing, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k, v and ranges that select nothing, with what a packing kernel is specialised on."""
+    dtype = TORCH_DTYPES[kernel.dtype]
+    k, v = (torch.zeros(1, 1, LARGEST_TILE, width, dtype=dtype, device=device) for width in (kernel.D, kernel.Dv))
+    return k, v, torch.zeros(1, 1, 1, kernel.n_spans, 2, dtype=torch.int32, device=device)
+
+
+class Launch:
     """Hold what the pointers of a call do not change: the grid, the kernel's other arguments, the short way to it."""
 
-    def __init__(self, k: Tensor, v: Tensor, ranges: Tensor, max_len: int, mask_width: int) -> None:
+    def __init__(self, k: Tensor, v: Tensor, ranges: Tensor, max_len: int, block_l: int) -> None:
         B, S, G, n_spans, _ = ranges.shape
-        N, S_kv, D, Dv = B * S * G, k.shape[2], k.shape[3], v.shape[3]
-        enough, block_l = PROGRAMS_PER_SM * gpu_of(k.device).sm_count, LARGEST_TILE
-        while block_l > SMALLEST_TILE and 2 * N * triton.cdiv(max_len, block_l) < enough:
-            block_l //= 2
+        S_kv, D, Dv = k.shape[2], k.shape[3], v.shape[3]
         strides = [x.stride(axis) if x.shape[axis] > 1 else 0 for x in (k, v) for axis in range(3)]
         unit = 16 if all(stride % 16 == 0 for stride in strides) else 1
-        self.grid = (N, triton.cdiv(max_len, block_l), 2)
+        self.mask_width = -(-max_len // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        self.grid = (B * S * G, triton.cdiv(max_len, block_l), 2)
         self.values = (
-            S, G, S_kv, n_spans, max_len, mask_width, *(stride // unit for stride in strides), *ranges.stride()[:4],
+            S, G, S_kv, n_spans, max_len, self.mask_width,
+            *(stride // unit for stride in strides), *ranges.stride()[:4],
             D, Dv, unit, n_spans * S_kv >= 2**31 - block_l, min(D & -D, WIDEST_COPY), min(Dv & -Dv, WIDEST_COPY),
-            block_l, triton.next_power_of_2(max(n_spans, 1)), MASKED,
+            block_l, span_bucket(n_spans), MASKED,
         )  # fmt: skip
         self.direct: Any = None
 
@@ -153,7 +196,7 @@ class _Launch:
             self.direct = direct_launch(compiled, self.values, tma=False)
 
 
-_launches: dict[tuple, _Launch] = {}
+_launches: dict[tuple, Launch] = {}
 
 
 def packed_sdpa_fused(
@@ -169,7 +212,7 @@ def packed_sdpa_fused(
         return q.new_zeros(B, S, G, H, Dv)
     k_rows, v_rows, mask = pack_rows(k, v, ranges, min_len, max_len)
     q_rows = aligned(q.reshape(B * S * G, 1, H, D))
-    return _sdpa(q_rows, k_rows, v_rows, mask, scale).view(B, S, G, H, Dv)
+    return _sdpa(q_rows, k_rows, v_rows, mask, scale).reshape(B, S, G, H, Dv)
 
 
 def pack_rows(k: Tensor, v: Tensor, ranges: Tensor, min_len: int, max_len: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -181,15 +224,14 @@ def pack_rows(k: Tensor, v: Tensor, ranges: Tensor, min_len: int, max_len: int) 
     N = ranges.shape[0] * ranges.shape[1] * ranges.shape[2]
     k_rows = k.new_empty((N, 1, max_len, k.shape[3]))
     v_rows = v.new_empty((N, 1, max_len, v.shape[3]))
-    mask, mask_width = None, 0
-    if min_len != max_len:
-        mask_width = -(-max_len // MASK_ALIGNMENT) * MASK_ALIGNMENT
-        mask = k.new_empty((N, 1, 1, mask_width))
     key = (
         k.shape, v.shape, ranges.shape, k.stride(), v.stride(), ranges.stride(), k.dtype, ranges.dtype, k.device,
-        max_len, mask_width,
+        min_len != max_len, max_len,
     )  # fmt: skip
-    launch = _launches.get(key) or remember(_launches, key, _Launch(k, v, ranges, max_len, mask_width))
+    launch = _launches.get(key)
+    if launch is None:
+        launch = remember(_launches, key, Launch(k, v, ranges, max_len, tile_tokens(N, max_len, k.device)))
+    mask = None if min_len == max_len else k.new_empty((N, 1, 1, launch.mask_width))
     launch.run(k, v, ranges, k_rows, v_rows, mask)
     return k_rows, v_rows, mask if mask is None else mask[..., :max_len]
 

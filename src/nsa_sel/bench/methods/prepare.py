@@ -37,10 +37,12 @@ def prepare(state: CaseState, method: str) -> Prepared:
     if method == "packed_sdpa":
         call = _operation(state.inputs, "packed_sdpa")
         return Prepared(call, rows, {"sdpa_backend": state.sdpa_backend}, within(state.sdpa_backend))
-    if method != "packed_sdpa_compiled":
+    if method not in ("packed_sdpa_fused", "packed_sdpa_compiled"):
         raise ValueError(f"method: value is {method!r}, expected one of {', '.join(state.case.methods)}")
     if state.device == "cpu":
         raise NotTimed("no GPU")
+    if method == "packed_sdpa_fused":
+        return Prepared(_fused(state.inputs), rows, {"sdpa_backend": state.core_backend}, within(state.core_backend))
     guard = within(state.sdpa_backend)
     try:
         with guard():
@@ -73,6 +75,12 @@ def _triton(state: CaseState, core: bool) -> Prepared:
         raise WrongResult(f"{state.case.id}: the kernel did not run")
     config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
     return Prepared(call, functools.partial(as_rows, state.case), {"config": str(config)})
+
+
+def _fused(x: Inputs) -> Callable[[], Tensor]:
+    from .fused import packed_sdpa_fused  # needs Triton
+
+    return functools.partial(packed_sdpa_fused, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
 
 
 def _operation(x: Inputs, backend: str) -> Callable[[], Tensor]:

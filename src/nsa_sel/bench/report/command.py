@@ -47,7 +47,7 @@ def write(run: Path, baseline: Path | None, out: Path, config: SelConfig) -> lis
         "decode": plots.decode_times(drawn),
         "prefill": plots.prefill_times(drawn),
     }
-    beside, notes = tables.peers(run, saved)
+    beside, notes = tables.peers(saved)
     heading = f"nsa_sel on {saved.run.gpu}, {saved.run.datetime[:10] or 'undated'}"
     texts = {
         "report.html": page.render(heading, verdict, source, saved, decided, rows, pictures, compared, beside, notes),

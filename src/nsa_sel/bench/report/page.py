@@ -133,21 +133,27 @@ def render(
 
 
 def _threshold(decided: Decision) -> list[str]:
-    head = ["regime", "dtype", "launch", "from L", "cases", "too slow", "missing", "its lower bound", "deciding case"]
+    counts = ["cases", "too slow", "missing", "not judged"]
+    head = ["regime", "dtype", "launch", "from L", *counts, "opponents", "its lower bound", "deciding case"]
     lines = [head, *(_threshold_line(t) for t in decided.thresholds)]
     note = (
         "The smallest L such that at every tested length from there on every expected case was measured, passed parity "
-        f"and has a lower bound of the op speed-up of at least {NEEDED_SPEEDUP}x. The {DECIDING_LAUNCH} lines decide. "
+        f"and has a lower bound of the op speed-up of at least {NEEDED_SPEEDUP}x, in device time and in the launch's "
+        f"own. The {DECIDING_LAUNCH} lines decide. Opponents: the SDPA form that each bound is over. A case in which no"
+        " SDPA form ran is not judged. "
         "This page judges one run; nsa-sel threshold takes several, and counts each case by its worst."
     )
-    return ["<h2>From which length on</h2>", _note(note), _table(lines, left={0, 1, 2, 8})]
+    refused = [["not judged", "why"], *([v.case, v.not_judged] for v in decided.not_judged)]
+    shown = [_note(note), _table(lines, left={0, 1, 2, 8, 10})]
+    return ["<h2>From which length on</h2>", *shown, *([_table(refused, left={0, 1})] if decided.not_judged else [])]
 
 
 def _threshold_line(t: Threshold) -> list[str]:
     value = "off" if t.min_L is None else str(t.min_L)
-    counts = [str(len(found)) for found in (t.verdicts, t.too_slow, t.missing)]
-    bound = t.deciding.problem or f"{t.deciding.bound:.2f}x"
-    return [t.regime, t.dtype, t.launch, value, *counts, bound, t.deciding.case]
+    counts = [str(len(found)) for found in (t.verdicts, t.too_slow, t.missing, t.not_judged)]
+    opponents = ", ".join(f"{form} {n}" for form, n in t.opponents.items())
+    bound = t.deciding.text.removeprefix("lower bound ")
+    return [t.regime, t.dtype, t.launch, value, *counts, opponents, bound, t.deciding.case]
 
 
 def _pictures(pictures: Mapping[str, str | None]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from ..saved.speedups import geomean
+from ..saved.speedups import SDPA_FORMS, TRITON, geomean
 from ..threshold.rule import NEEDED_SPEEDUP
 from .tables import Row
 
@@ -19,6 +19,7 @@ _SERIES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-.")
 _METHODS = {
     "triton": ("Triton", "#0072B2", "o", "-"),
     "packed_sdpa": ("packed SDPA, eager", "#D55E00", "s", "--"),
+    "packed_sdpa_fused": ("packed SDPA, packing fused", "#CC79A7", "P", "-."),
     "packed_sdpa_compiled": ("packed SDPA, compiled", "#E69F00", "D", ":"),
     "triton_core": ("Triton, rows packed", "#56B4E9", "v", "-"),
     "sdpa_core": ("SDPA, packing free", "#009E73", "^", "-."),
@@ -88,7 +89,7 @@ def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]
 
     read_limit: pairs (bytes, µs) of the session's calibration; empty: no curve. Without prefill: its rows share K, V.
     """
-    methods = ("packed_sdpa", "packed_sdpa_compiled", "sdpa_core", "triton")
+    methods = (*SDPA_FORMS["op"], *SDPA_FORMS["core"], TRITON["op"])
     chosen = [r for r in rows if r["family"] != "prefill" and r["bytes"] and r["device_us"] and r["method"] in methods]
     if not chosen:
         return None

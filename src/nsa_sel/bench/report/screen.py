@@ -120,7 +120,7 @@ def peers(results: Iterable[Mapping[str, Any]], not_timed: Reasons) -> tuple[lis
     """
     results = list(results)
     times = _times(results)
-    asked = dict.fromkeys(case for case, method in (*times, *not_timed) if method in PEER_METHODS)
+    asked = _beside_peers(times, not_timed)
     methods = ("triton", *PEER_METHODS, *SDPA_FORMS["op"])
     reasons: dict[str, int] = {}
     lines, faster = [], []
@@ -163,10 +163,17 @@ def peers_screen(results: Sequence[Mapping[str, Any]], not_timed: Reasons) -> li
     faster = [note for note in notes if note.startswith("faster")]
     more = [f"… and {len(faster) - WORST_SHOWN} more"] if len(faster) > WORST_SHOWN else []
     missing: dict[str, int] = defaultdict(int)
-    for (_, method), reason in not_timed.items():
-        missing[f"{method}: {reason}"] += 1
+    asked = _beside_peers(times, not_timed)
+    for (case, method), reason in not_timed.items():
+        if case in asked:
+            missing[f"{method}: {reason}"] += 1
     why = sorted(missing, key=lambda text: -missing[text])[:WORST_SHOWN]
     return [*lines, *faster[:WORST_SHOWN], *more, *(f"{missing[text]} x {text}" for text in why)]
+
+
+def _beside_peers(times: Iterable[tuple[str, str]], not_timed: Iterable[tuple[str, str]]) -> dict[str, None]:
+    """Return the cases that were asked for beside peers, in order."""
+    return dict.fromkeys(case for case, method in (*times, *not_timed) if method in PEER_METHODS)
 
 
 def _times(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:

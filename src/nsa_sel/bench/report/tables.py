@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..saved.run import MARK, Saved, is_figure, read_json
+from ..saved.run import Saved, is_figure
 from ..saved.speedups import TRITON, fastest_sdpa, geomean
 from ..suite.cases import FAMILIES, scope
 from ..tables import as_csv, as_markdown, printable
@@ -93,14 +92,10 @@ def cells(row: Row) -> list[str]:
     return shown
 
 
-def peers(run: Path, saved: Saved) -> tuple[list[list[str]], list[str]]:
+def peers(saved: Saved) -> tuple[list[list[str]], list[str]]:
     """Return the run's table of peers and the notes on it, both empty without any."""
-    mark = read_json(run).get(MARK)
-    found = mark.get("not_timed") if isinstance(mark, Mapping) else None
-    entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
-    not_timed = {(str(e.get("case")), str(e.get("method"))): str(e.get("reason")) for e in entries}
-    timings = saved.run.timings.items()
-    return side_by_side([{**saved.extras[key], "device_us": timing.median_us} for key, timing in timings], not_timed)
+    results = [{**saved.extras[key], "device_us": timing.median_us} for key, timing in saved.run.timings.items()]
+    return side_by_side(results, saved.not_timed)
 
 
 def markdown_text(

@@ -172,6 +172,18 @@ def notes(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def not_timed(data: Mapping[str, Any]) -> dict[Key, str]:
+    """Return why methods of a saved run have no time, by (case, method); entries that do not say so are left out."""
+    mark = data.get(MARK)
+    entries = mark.get("not_timed") if isinstance(mark, Mapping) else None
+    found: dict[Key, str] = {}
+    for entry in entries if isinstance(entries, list) else []:
+        match entry:
+            case {"case": str(name), "method": str(method), "reason": str(reason)} if reason:
+                found[name, method] = reason
+    return found
+
+
 def load(path: Path | str) -> Run:
     """Load and check one saved run.
 
@@ -191,6 +203,7 @@ class Saved:
     extras: Mapping[Key, Mapping[str, Any]]  # extra_info by (case, method)
     machine: Mapping[str, Any]
     commit: str
+    not_timed: Mapping[Key, str]  # why a (case, method) that was asked for has no time
 
     @classmethod
     def load(cls, path: Path | str) -> Saved:
@@ -199,8 +212,9 @@ class Saved:
         machine: dict[str, Any] = data["machine_info"] if isinstance(data.get("machine_info"), dict) else {}
         commit: dict[str, Any] = data["commit_info"] if isinstance(data.get("commit_info"), dict) else {}
         run = from_entries(short_name(path), data["benchmarks"], machine, **notes(data))
-        extras = [entry["extra_info"] for entry in data["benchmarks"]]
-        return cls(run, {(e.get("case"), e.get("method")): e for e in extras}, machine, str(commit.get("id") or ""))
+        entries = [entry["extra_info"] for entry in data["benchmarks"]]
+        extras = {(extra.get("case"), extra.get("method")): extra for extra in entries}
+        return cls(run, extras, machine, str(commit.get("id") or ""), not_timed(data))
 
     def time_us(self, key: Key, kind: str) -> tuple[float, float, float] | None:
         """Return (median, lower, upper 95 % CI end) in µs of a "device", "call" or "graph" time; None: not measured."""

@@ -12,7 +12,7 @@ from typing import Any
 
 # By scope: "op" has packing inside the time, "core" gets rows that were packed beforehand, on both sides.
 TRITON = {"op": "triton", "core": "triton_core"}
-SDPA_FORMS = {"op": ("packed_sdpa", "packed_sdpa_compiled"), "core": ("sdpa_core",)}
+SDPA_FORMS = {"op": ("packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled"), "core": ("sdpa_core",)}
 EVERY_SDPA_FORM = frozenset(form for forms in SDPA_FORMS.values() for form in forms)
 
 Result = Mapping[str, Any]  # of one (case, method): its extra_info, and its times in µs

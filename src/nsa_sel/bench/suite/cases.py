@@ -75,6 +75,11 @@ class Case:
         return max(ragged_lengths(self)) if self.family == "ragged" else self.L
 
     @property
+    def one_length(self) -> bool:
+        """Tell whether every row has L tokens."""
+        return self.family not in ("ragged", "prefill")
+
+    @property
     def hot(self) -> bool:
         """Tell whether the case is in the hot subset, where `packed_sdpa_compiled` runs too."""
         if self.family == "rows":

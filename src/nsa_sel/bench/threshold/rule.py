@@ -6,18 +6,21 @@ Source: docs/measuring.md, "From which length on".
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..saved.run import Saved, gpu_name, is_figure
-from ..saved.speedups import TRITON, fastest_form
+from ..saved.speedups import SDPA_FORMS, TRITON, fastest_form
 from ..suite import cases
 from ..suite.cases import DTYPES, OP_METHODS, Case
 
 NEEDED_SPEEDUP = 1.2
 REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "decode": "decode", "long": "decode", "prefill": "prefill"}
 REGIMES = ("rows", "decode", "prefill")
-LAUNCHES = {"eager": "call", "graph": "graph", "device": "device"}  # launch -> the time that judges it
+# launch -> the times that judge it, of which the worse counts
+LAUNCHES = {"eager": ("device", "call"), "graph": ("device", "graph"), "device": ("device",)}
 DECIDING_LAUNCH = "eager"
 
 
@@ -27,22 +30,28 @@ class ThresholdError(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold what the runs say of one expected case: its worst speed-up bound, or what is missing."""
+    """Hold what the runs say of one expected case: its worst speed-up bound, or why it has none."""
 
     case: str
     regime: str
     L: int  # as in the case's id
     longest: int  # its longest row, which is what "auto" compares; above L only where rows are ragged
-    bound: float | None  # SDPA's lower CI end / Triton's upper, faster SDPA form, worst run
-    speedup: float | None  # ratio of the medians, worst run
-    problem: str = ""
+    bound: float | None = None  # SDPA's lower CI end / Triton's upper, fastest SDPA form, worst time and run
+    speedup: float | None = None  # ratio of the medians, worst time and run
+    problem: str = ""  # what is missing
+    opponent: str = ""  # the SDPA form that the bound is over
+    not_judged: str = ""  # why no SDPA form was timed
 
     @property
     def ok(self) -> bool:
         return not self.problem and self.bound is not None and self.bound >= NEEDED_SPEEDUP
 
+    @property
+    def text(self) -> str:
+        return self.problem or self.not_judged or f"lower bound {self.bound:.2f}x"
+
     def __str__(self) -> str:
-        return f"{self.case}: {self.problem or f'lower bound {self.bound:.2f}x'}"
+        return f"{self.case}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,21 @@ class Threshold:
     verdicts: tuple[Verdict, ...]
 
     @property
+    def judged(self) -> list[Verdict]:
+        return [v for v in self.verdicts if not v.not_judged]
+
+    @property
+    def not_judged(self) -> list[Verdict]:
+        return [v for v in self.verdicts if v.not_judged]
+
+    @property
+    def opponents(self) -> dict[str, int]:
+        """Return in how many cases each SDPA form was the opponent, the most frequent first."""
+        return dict(Counter(v.opponent for v in self.verdicts if v.opponent).most_common())
+
+    @property
     def failing(self) -> list[Verdict]:
-        return [v for v in self.verdicts if not v.ok]
+        return [v for v in self.judged if not v.ok]
 
     @property
     def missing(self) -> list[Verdict]:
@@ -68,9 +90,9 @@ class Threshold:
 
     @property
     def min_L(self) -> int | None:
-        """Return the smallest tested L above the rows of every failing case; None if there is none."""
+        """Return the smallest judged L above the rows of every failing case; None if there is none."""
         blocked = max((v.longest for v in self.failing), default=0)
-        return min((v.L for v in self.verdicts if blocked < v.L), default=None)
+        return min((v.L for v in self.judged if blocked < v.L), default=None)
 
     @property
     def deciding(self) -> Verdict:
@@ -79,11 +101,11 @@ class Threshold:
         if failing:
             longest = max(v.longest for v in failing)
             return min((v for v in failing if v.longest == longest), key=_worst_first)
-        return min(self.verdicts, key=_worst_first)
+        return min(self.judged or self.verdicts, key=_worst_first)
 
     def by_length(self) -> list[tuple[int, list[Verdict]]]:
-        lengths = sorted({v.L for v in self.verdicts})
-        return [(L, [v for v in self.verdicts if v.L == L]) for L in lengths]
+        lengths = sorted({v.L for v in self.judged})
+        return [(L, [v for v in self.judged if v.L == L]) for L in lengths]
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,15 @@ class Decision:
     @property
     def deciding(self) -> list[Threshold]:
         return [t for t in self.thresholds if t.launch == DECIDING_LAUNCH]
+
+    @property
+    def opponents(self) -> dict[str, int]:
+        """Return in how many deciding cases each SDPA form was the opponent, the most frequent first."""
+        return dict(sum((Counter(t.opponents) for t in self.deciding), Counter()).most_common())
+
+    @property
+    def not_judged(self) -> list[Verdict]:
+        return [v for t in self.deciding for v in t.not_judged]
 
     @property
     def min_L(self) -> int | None:
@@ -148,10 +179,13 @@ def decide(saved: Sequence[Saved], matrix: str = "full") -> Decision:
 def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str) -> list[Verdict]:
     """Return the verdict of every expected case under one launch ("eager", "graph" or "device").
 
-    Within a family every case must have been measured as often as the one measured most: a case that dropped out of one
-    of two full runs is missing, while a family that a chunk leaves out altogether is not.
+    Within a family every case must have been asked for as often as the one asked for most: a case that dropped out of
+    one of two full runs is missing, while a family that a chunk leaves out altogether is not.
     """
-    holding = {c.id: [one for one in saved if any((c.id, m) in one.extras for m in OP_METHODS)] for c in expected}
+    asked_for = [
+        (one, {case for case, method in (*one.extras, *one.not_timed) if method in OP_METHODS}) for one in saved
+    ]
+    holding = {c.id: [one for one, asked in asked_for if c.id in asked] for c in expected}
     most: dict[str, int] = {}
     for c in expected:
         most[c.family] = max(most.get(c.family, 0), len(holding[c.id]))
@@ -159,38 +193,56 @@ def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str) -> list
 
 
 def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) -> Verdict:
-    def verdict(bound: float | None = None, speedup: float | None = None, problem: str = "") -> Verdict:
-        return Verdict(case.id, REGIME_OF_FAMILY[case.family], case.L, case.longest, bound, speedup, problem)
+    def verdict(**found: Any) -> Verdict:
+        return Verdict(case.id, REGIME_OF_FAMILY[case.family], case.L, case.longest, **found)
 
-    triton = TRITON["op"]
     if not holding:
         return verdict(problem="missing from every run")
     if len(holding) < most:
         return verdict(problem=f"measured in {len(holding)} of {most} runs")
-    bounds, speedups = [], []
+    bounds, speedups, not_judged = [], [], ""
     for one in holding:
-        times = {}
-        for method in OP_METHODS:
-            if (case.id, method) not in one.extras:
-                if method in case.methods:
-                    return verdict(problem=f"{method} is missing from {one.run.name}")
-                continue
-            time = one.time_us((case.id, method), LAUNCHES[launch])
-            if time is None:
-                return verdict(problem=f"{method} has no {launch} time in {one.run.name}")
-            times[method] = time
-        if not is_figure(one.extras[case.id, triton].get("mae")):
+        methods = [m for m in OP_METHODS if m in case.methods or (case.id, m) in one.extras]
+        timed = [m for m in methods if (case.id, m) in one.extras]
+        refused = {m: one.not_timed[case.id, m] for m in methods if m not in timed and (case.id, m) in one.not_timed}
+        for method in methods:
+            if method not in timed and method not in refused:
+                return verdict(problem=f"{method} is missing from {one.run.name}")
+        if not set(timed) & set(SDPA_FORMS["op"]):
+            not_judged = _why({m: why for m, why in refused.items() if m in SDPA_FORMS["op"]})
+            continue
+        if TRITON["op"] in refused:
+            return verdict(problem=f"{TRITON['op']} has no time in {one.run.name}: {refused[TRITON['op']]}")
+        if not is_figure(one.extras[case.id, TRITON["op"]].get("mae")):
             return verdict(problem=f"no parity figure (mae) in {one.run.name}")
-        median, _, upper = times[triton]
-        bounds.append(_fastest_sdpa_us({method: lower for method, (_, lower, _) in times.items()}) / upper)
-        speedups.append(_fastest_sdpa_us({method: us for method, (us, _, _) in times.items()}) / median)
-    return verdict(min(bounds), min(speedups))
+        for kind in LAUNCHES[launch]:
+            times = {}
+            for method in timed:
+                time = one.time_us((case.id, method), kind)
+                if time is None:
+                    return verdict(problem=f"{method} has no {kind} time in {one.run.name}")
+                times[method] = time
+            median, _, upper = times[TRITON["op"]]
+            form, us = _fastest_sdpa({method: lower for method, (_, lower, _) in times.items()})
+            bounds.append((us / upper, form))
+            speedups.append(_fastest_sdpa({method: us for method, (us, _, _) in times.items()})[1] / median)
+    if not bounds:
+        return verdict(not_judged=not_judged)
+    bound, opponent = min(bounds)
+    return verdict(bound=bound, speedup=min(speedups), opponent=opponent)
 
 
-def _fastest_sdpa_us(times: Mapping[str, float]) -> float:
+def _fastest_sdpa(times: Mapping[str, float]) -> tuple[str, float]:
     form = fastest_form(times, "op")
-    assert form is not None  # every case has one, and a missing one is a problem of its own
-    return times[form]
+    assert form is not None  # a case without one is not judged
+    return form, times[form]
+
+
+def _why(reasons: Mapping[str, str]) -> str:
+    """Return why no SDPA form was timed, once if the reason is the same for all."""
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{form}: {reason}" for form, reason in reasons.items())
 
 
 def _one_machine(saved: Sequence[Saved]) -> str:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...config import SelConfig
 from ..saved.run import Saved
 from ..saved.speedups import geomean
 from ..tables import as_markdown, replace_file
-from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, ThresholdError
+from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, ThresholdError, Verdict
 
 BEGIN, END = "<!-- threshold:begin -->", "<!-- threshold:end -->"
+# How the verdict calls packed SDPA's forms.
+FORMS = {
+    "packed_sdpa_fused": "with fused packing",
+    "packed_sdpa_compiled": "compiled",
+    "packed_sdpa": "eager",
+}
 _ENTRY = re.compile(r"^<!-- gpu: (?P<gpu>.+?) -->$", re.MULTILINE)
 
 
@@ -38,11 +44,12 @@ def apply(decision: Decision, config: Path, prd: Path) -> list[Path]:
 
 
 def sentence(decision: Decision) -> str:
-    """Return the verdict in one sentence."""
+    """Return the verdict in one sentence, followed by who the opponent was and how many cases were not judged."""
     if decision.min_L is not None:
         return (
             f"On {decision.gpu}, Triton is safe to switch on from L = {decision.min_L}: at every tested length from "
-            f"there on, it is at least {NEEDED_SPEEDUP}x as fast as the faster SDPA form."
+            f"there on, it is at least {NEEDED_SPEEDUP}x as fast as the fastest SDPA form, on the device and per call."
+            f"{_opponents(decision)}"
         )
     blocked = [t for t in decision.deciding if t.min_L is None]
     missing = len({v.case for t in blocked for v in t.missing})
@@ -50,27 +57,47 @@ def sentence(decision: Decision) -> str:
     regimes = ", ".join(dict.fromkeys(t.regime for t in blocked))
     return (
         f"On {decision.gpu}, these runs support no threshold ({regimes}: {missing} missing cases, {too_slow} below "
-        f"{NEEDED_SPEEDUP}x), so Triton stays off by default."
+        f"{NEEDED_SPEEDUP}x), so Triton stays off by default.{_opponents(decision)}"
     )
+
+
+def _opponents(decision: Decision) -> str:
+    counts = list(decision.opponents.items())
+    said = ""
+    if counts:
+        (first, n), *others = counts
+        listed = [f"packed SDPA {FORMS[first]} in {n} cases", *(f"{FORMS[form]} in {n}" for form, n in others)]
+        said = f" The opponent was {', '.join(listed)}."
+    n = len(decision.not_judged)
+    return said + (f" Not judged, because no SDPA form ran: {n} case{'s' if n > 1 else ''}." if n else "")
 
 
 def as_text(decision: Decision, longest_list: int = 20) -> str:
     """Return the decision for a terminal: a line per threshold, the verdict, and what stands in its way."""
     lines = [f"{decision.gpu}, {decision.date}, matrix {decision.matrix}, {len(decision.runs)} run(s)"]
-    lines.append(f"{'regime':<9}{'launch':<8}{'dtype':<7}{'min-L':>6}{'cases':>7}{'slow':>6}{'missing':>9}  decided by")
+    lines.append(
+        f"{'regime':<9}{'launch':<8}{'dtype':<7}{'min-L':>6}{'cases':>7}{'slow':>6}{'missing':>9}{'not judged':>12}"
+        "  decided by"
+    )
     for t in decision.thresholds:
         value = "null" if t.min_L is None else str(t.min_L)
-        counts = f"{len(t.verdicts):>7}{len(t.too_slow):>6}{len(t.missing):>9}"
+        counts = f"{len(t.verdicts):>7}{len(t.too_slow):>6}{len(t.missing):>9}{len(t.not_judged):>12}"
         lines.append(f"{t.regime:<9}{t.launch:<8}{t.dtype:<7}{value:>6}{counts}  {t.deciding}")
     lines += ["", sentence(decision)]
     for t in decision.deciding:
         if t.min_L is None:
-            shown = sorted(t.failing, key=lambda v: (-v.L, v.case))
-            lines.append(f"{t.regime}, {t.dtype}: {len(t.failing)} of {len(t.verdicts)} cases do not qualify:")
-            lines += [f"  {verdict}" for verdict in shown[:longest_list]]
-            if len(shown) > longest_list:
-                lines.append(f"  and {len(shown) - longest_list} more")
+            title = f"{t.regime}, {t.dtype}: {len(t.failing)} of {len(t.judged)} judged cases do not qualify"
+            lines += _listed(title, t.failing, longest_list)
+        if t.not_judged:
+            lines += _listed(f"{t.regime}, {t.dtype}: {len(t.not_judged)} not judged", t.not_judged, longest_list)
     return "\n".join(lines)
+
+
+def _listed(title: str, verdicts: Sequence[Verdict], longest_list: int) -> list[str]:
+    """Return a title and a line per verdict, the longest cases first."""
+    shown = sorted(verdicts, key=lambda v: (-v.L, v.case))
+    more = [f"  and {len(shown) - longest_list} more"] if len(shown) > longest_list else []
+    return [f"{title}{':' if shown else ''}", *(f"  {verdict}" for verdict in shown[:longest_list]), *more]
 
 
 def prd_section(decision: Decision) -> str:
@@ -82,9 +109,10 @@ def prd_section(decision: Decision) -> str:
         sentence(decision),
         f"{'Decided by' if decider.failing else 'No case is below; the closest is'} `{decider.deciding.case}` "
         f"({decider.regime}, {decider.launch}, L = {decider.deciding.L}): "
-        f"{decider.deciding.problem or f'lower bound {decider.deciding.bound:.2f}x'}.",
+        f"{decider.deciding.text}.",
         "Runs: " + "; ".join(_run_line(saved) for saved in decision.runs) + f". Matrix `{decision.matrix}`.",
         _summary_table(decision),
+        *(f"Not judged: `{v.case}`: {v.not_judged}." for v in decision.not_judged),
     ]
     for t in decision.deciding:
         blocks.append(f"{t.regime}, {t.dtype}, {t.launch} (`op`, each case by its worst run):\n\n{_length_table(t)}")

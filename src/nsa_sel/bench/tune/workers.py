@@ -1,7 +1,7 @@
 """Compile kernels on all CPU cores ahead of their timing, which then finds them in Triton's disk cache.
 
-Run as a module this is one worker: it reads one variant per line, builds it by running it once on empty rows, and
-answers with one line. A worker that dies or hangs costs one variant.
+Run as a module this is one worker: it reads one kernel per line, builds it by running it once on empty rows, and
+answers with one line. A worker that dies or hangs costs one kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,13 @@ from ...kernel.launch_config import LaunchConfig
 from ..suite.inputs import TORCH_DTYPES
 from .space import Variant
 
+if TYPE_CHECKING:
+    from ..methods.fused import Packing
+
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 30  # of GPU memory: a context takes about half of it
 LIMIT_S = 180  # for one variant, and for the start of its worker before it
+Kernel = TypeVar("Kernel", bound="Variant | Packing")
 COMMAND = (sys.executable, "-m", f"{__package__}.workers")
 
 
@@ -41,37 +45,37 @@ def workers() -> int:
 
 
 def compile_all(
-    variants: Sequence[Variant],
+    kernels: Sequence[Kernel],
     finished: Callable[[], Any],
     *,
     command: Sequence[str] = COMMAND,
     limit_s: float = LIMIT_S,
     total_s: float | None = None,
-) -> dict[Variant, str]:
-    """Compile every variant and return the errors of those that failed; call `finished` after each, in this thread.
+) -> dict[Kernel, str]:
+    """Compile every kernel and return the errors of those that failed; call `finished` after each, in this thread.
 
-    limit_s: for one variant. total_s: for all of them; None sets no limit.
+    limit_s: for one kernel. total_s: for all of them; None sets no limit.
 
     Raises: TimeoutError after total_s, when the workers have been stopped.
     """
     end = None if total_s is None else time.monotonic() + total_s
-    todo: queue.SimpleQueue[Variant] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[Variant, str | None]] = queue.SimpleQueue()
-    for variant in variants:
-        todo.put(variant)
-    pool = [_Worker(command, limit_s) for _ in range(min(workers(), len(variants)))]
+    todo: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[Kernel, str | None]] = queue.SimpleQueue()
+    for kernel in kernels:
+        todo.put(kernel)
+    pool = [_Worker(command, limit_s) for _ in range(min(workers(), len(kernels)))]
     threads = [threading.Thread(target=worker.serve, args=(todo, answers), daemon=True) for worker in pool]
     errors = {}
     try:
         for thread in threads:
             thread.start()
-        for _ in variants:
+        for _ in kernels:
             try:
-                variant, error = answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
+                kernel, error = answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
             except queue.Empty:
-                raise TimeoutError(f"{len(variants)} kernels were not compiled in {total_s:.0f} s") from None
+                raise TimeoutError(f"{len(kernels)} kernels were not compiled in {total_s:.0f} s") from None
             if error is not None:
-                errors[variant] = error
+                errors[kernel] = error
             finished()
     finally:
         for worker in pool:
@@ -91,25 +95,25 @@ class _Worker:
         self.lock = threading.Lock()
 
     def serve(self, todo: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
-        """Take variants until there are none, or until stopped."""
+        """Take kernels until there are none, or until stopped."""
         while not self.stopped.is_set():
             try:
-                variant = todo.get_nowait()
+                kernel = todo.get_nowait()
             except queue.Empty:
                 return
             try:
-                error = self.ask(variant)
-            except Exception as failure:  # whatever it is, the variant must be answered, or the caller waits for ever
+                error = self.ask(kernel)
+            except Exception as failure:  # whatever it is, the kernel must be answered, or the caller waits for ever
                 self.end()
                 error = f"{type(failure).__name__}: {failure}"
-            answers.put((variant, error))
+            answers.put((kernel, error))
 
-    def ask(self, variant: Variant) -> str | None:
-        """Return the variant's error, None if it was built."""
+    def ask(self, kernel: Variant | Packing) -> str | None:
+        """Return the kernel's error, None if it was built."""
         process = self.start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(asdict(variant)) + "\n")
+            process.stdin.write(json.dumps(asdict(kernel)) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             pass  # dead: no answer either
@@ -160,7 +164,7 @@ class _Worker:
         return said[-1][:200] if said else "it said nothing"
 
     def stop(self) -> None:
-        """Kill the process and take no more variants."""
+        """Kill the process and take no more kernels."""
         self.stopped.set()
         self.end()
 
@@ -174,12 +178,25 @@ def empty_rows(variant: Variant, device: str) -> tuple[Tensor, Tensor, Tensor, T
     return q, k, v, torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device=device)
 
 
-def build(variant: Variant) -> None:
-    """Compile a variant through the launcher, with the alignment and types of the timing, for empty rows."""
+def build(kernel: Variant | Packing) -> None:
+    """Compile a kernel through its launcher, with the alignment and types of the timing, for empty rows."""
     from ...kernel.launch import forward  # needs Triton
+    from ..methods import fused  # likewise
 
-    forward(*empty_rows(variant, "cuda"), launch=variant.launch)
+    if isinstance(kernel, Variant):
+        forward(*empty_rows(kernel, "cuda"), launch=kernel.launch)
+    else:
+        fused.pack_empty_row(kernel)
     torch.cuda.synchronize()
+
+
+def kernel_of(fields: dict[str, Any]) -> Variant | Packing:
+    """Return the kernel that a worker was sent."""
+    from ..methods.fused import Packing  # needs Triton
+
+    if "launch" not in fields:
+        return Packing(**fields)
+    return Variant(**{**fields, "launch": LaunchConfig(**fields["launch"])})
 
 
 def one_line(error: BaseException) -> str:
@@ -204,7 +221,7 @@ def serve() -> None:
         fields = json.loads(line)
         error, lost = None, False
         try:
-            build(Variant(**{**fields, "launch": LaunchConfig(**fields["launch"])}))
+            build(kernel_of(fields))
         except Exception as failure:
             error, lost = one_line(failure), not device_answers()
         print(json.dumps({"error": error, "lost": lost}), file=answers, flush=True)
