@@ -22,7 +22,7 @@ L2_COVER = 4  # the flush reads so many times the size of L2
 # Between delay and start event the host runs pytest-benchmark's own code for some 20 µs, which the delay must outlast.
 DELAY_MARGIN_US = 40.0
 MOST_REPEATS = 12  # of one round, with the delay growing to 80 times its length
-# Some 2,700 benchmarks must fit into minutes. A block has 100 calls if one call takes up to 15 µs, and fewer if it
+# Some 3,400 benchmarks must fit into minutes. A block has 100 calls if one call takes up to 15 µs, and fewer if it
 # takes longer. A graph of 20 calls is replayed 20 times for calls of up to 50 µs and 6 times for calls of up to 160 µs;
 # for longer calls the graph has fewer of them.
 CALL_BUDGET_S = 0.03
