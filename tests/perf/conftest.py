@@ -36,7 +36,7 @@ def bench(request: pytest.FixtureRequest) -> Session:
         _say(config, said)
     try:
         made = config.stash[BENCH] = Session(plant=config.getoption("sel_plant"))
-        progress.start("benchmarks", sum(map(_is_timed, request.session.items)))
+        progress.start("benchmarks", sum(map(_takes_time, request.session.items)))
         return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
@@ -46,7 +46,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Show the time left, unless there is a line per test anyway (-v) or a worker of xdist runs them."""
     if session.config.get_verbosity() <= 0 and not hasattr(session.config, "workerinput"):
         progress = session.config.stash[PROGRESS] = Progress(sys.stdout)  # nothing is captured here
-        progress.start("benchmarks", sum(map(_is_timed, session.items)))
+        progress.start("benchmarks", sum(map(_takes_time, session.items)))
 
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
@@ -59,7 +59,7 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
     done = yield
-    if PROGRESS in item.config.stash and _is_timed(item):
+    if PROGRESS in item.config.stash and _takes_time(item):
         item.config.stash[PROGRESS].step()
     return done
 
@@ -78,6 +78,12 @@ def _compiled(session: pytest.Session, progress: Progress) -> str:
 
 def _is_timed(item: pytest.Item) -> bool:
     return hasattr(item, "callspec") and "case_id" in item.callspec.params
+
+
+def _takes_time(item: pytest.Item) -> bool:
+    return _is_timed(item) and not resume.holds(
+        item.config, *(item.callspec.params[name] for name in ("case_id", "method"))
+    )
 
 
 def _say(config: pytest.Config, text: str) -> None:

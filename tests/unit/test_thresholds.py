@@ -193,7 +193,7 @@ def test_eager_decides_and_each_launch_has_its_own_answer(tmp_path):
 
 @pytest.mark.parametrize("slow", ["device", "call", "graph"])
 def test_device_time_and_the_launchs_own_time_must_both_hold(tmp_path, slow):
-    decided = decide(tmp_path, synthetic.run(FULL, lambda c, kind: slow_up_to(128)(c, kind) if kind == slow else 3.0))
+    decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: slow_up_to(128)(c, kind) if kind == slow else 3.0))
     found = {launch: of(decided, "rows", launch).min_L for launch in ("eager", "graph", "device")}
     fails = {"device": ("eager", "graph", "device"), "call": ("eager",), "graph": ("graph",)}[slow]
     assert found == {launch: 256 if launch in fails else 16 for launch in found}
@@ -272,7 +272,7 @@ def refused(case: Case, *methods: str, why: str = "needs 30.0 GB, 20.0 GB are fr
 
 def test_a_case_in_which_no_sdpa_form_ran_is_not_judged_counted_and_named(tmp_path):
     large = first("prefill", 1024)
-    decided = decide(tmp_path, synthetic.run(FULL, not_timed=refused(large)))
+    decided = decide(tmp_path, saved_runs.run(FULL, not_timed=refused(large)))
     found = of(decided, "prefill")
     assert found.min_L == 512 and decided.min_L == 16
     assert [(v.case, v.not_judged) for v in found.not_judged] == [(large.id, "needs 30.0 GB, 20.0 GB are free")]
@@ -288,7 +288,7 @@ def test_tritons_own_time_does_not_matter_where_no_sdpa_form_ran(tmp_path):
     large = first("rows", 1024)
     forms = [method for method in large.methods if method.startswith("packed")]
     decided = decide(
-        tmp_path, synthetic.run(FULL, lambda c, kind: 0.5 if c == large else 3.0, not_timed=refused(large, *forms))
+        tmp_path, saved_runs.run(FULL, lambda c, kind: 0.5 if c == large else 3.0, not_timed=refused(large, *forms))
     )
     assert decided.min_L == 16 and [v.case for v in decided.not_judged] == [large.id]
 
@@ -298,29 +298,29 @@ def test_different_reasons_are_all_said(tmp_path):
         **refused(COLD, "packed_sdpa", why="out of memory"),
         **refused(COLD, "packed_sdpa_fused", why="no backend"),
     }
-    verdict = judge(tmp_path, synthetic.run([COLD], not_timed=reasons), case=COLD)
+    verdict = judge(tmp_path, saved_runs.run([COLD], not_timed=reasons), case=COLD)
     assert verdict.not_judged == "packed_sdpa: out of memory; packed_sdpa_fused: no backend"
 
 
 def test_a_case_is_judged_against_the_sdpa_forms_that_ran(tmp_path):
-    data = synthetic.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled"), half_width=0)
+    data = saved_runs.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled"), half_width=0)
     verdict = judge(tmp_path, data)
     assert verdict.opponent == "packed_sdpa_fused" and verdict.bound == pytest.approx(1.5 * 1.2)
-    data = synthetic.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled", "packed_sdpa_fused"), half_width=0)
+    data = saved_runs.run([HOT], 1.5, not_timed=refused(HOT, "packed_sdpa_compiled", "packed_sdpa_fused"), half_width=0)
     verdict = judge(tmp_path, data)
     assert verdict.opponent == "packed_sdpa" and verdict.bound == pytest.approx(1.5 * 1.4)
 
 
 def test_a_form_without_a_time_and_without_a_reason_is_missing(tmp_path):
-    data = synthetic.run([HOT], without={(HOT.id, "packed_sdpa")}, not_timed=refused(HOT, "packed_sdpa_fused"))
+    data = saved_runs.run([HOT], without={(HOT.id, "packed_sdpa")}, not_timed=refused(HOT, "packed_sdpa_fused"))
     assert judge(tmp_path, data).problem.startswith("packed_sdpa is missing from ")
     gone = refused(HOT, "packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled")
-    data = synthetic.run([HOT], without={(HOT.id, "triton")}, not_timed=gone)
+    data = saved_runs.run([HOT], without={(HOT.id, "triton")}, not_timed=gone)
     assert judge(tmp_path, data).problem.startswith("triton is missing from ")
 
 
 def test_a_run_from_before_fused_packing_lacks_the_honest_opponent(tmp_path):
-    decided = decide(tmp_path, synthetic.run(FULL, without={(c.id, "packed_sdpa_fused") for c in FULL}))
+    decided = decide(tmp_path, saved_runs.run(FULL, without={(c.id, "packed_sdpa_fused") for c in FULL}))
     assert decided.min_L is None
     assert {v.problem for v in of(decided, "rows").verdicts} == {
         f"packed_sdpa_fused is missing from {tmp_path.name}/0000_run.json"
@@ -328,13 +328,13 @@ def test_a_run_from_before_fused_packing_lacks_the_honest_opponent(tmp_path):
 
 
 def test_triton_without_a_time_beside_an_sdpa_form_with_one_never_passes(tmp_path):
-    verdict = judge(tmp_path, synthetic.run([HOT], not_timed=refused(HOT, "triton", why="H=300 is above 128")))
+    verdict = judge(tmp_path, saved_runs.run([HOT], not_timed=refused(HOT, "triton", why="H=300 is above 128")))
     assert verdict.problem.startswith("triton has no time in ") and verdict.problem.endswith(": H=300 is above 128")
 
 
 def test_a_case_not_judged_in_one_run_is_judged_by_the_other(tmp_path):
-    small, large = synthetic.run([HOT], not_timed=refused(HOT)), synthetic.run([HOT], 1.5)
-    small["benchmarks"] = synthetic.run([COLD])["benchmarks"]
+    small, large = saved_runs.run([HOT], not_timed=refused(HOT)), saved_runs.run([HOT], 1.5)
+    small["benchmarks"] = saved_runs.run([COLD])["benchmarks"]
     for order in ((small, large), (large, small)):
         verdict = judge(tmp_path, *order)
         assert not verdict.not_judged and 1.4 < verdict.bound < 1.5
@@ -342,7 +342,7 @@ def test_a_case_not_judged_in_one_run_is_judged_by_the_other(tmp_path):
 
 def test_a_regime_in_which_nothing_could_be_judged_leaves_no_threshold(tmp_path):
     prefill = {key: why for c in FULL if c.family == "prefill" for key, why in refused(c).items()}
-    decided = decide(tmp_path, synthetic.run(FULL, not_timed=prefill))
+    decided = decide(tmp_path, saved_runs.run(FULL, not_timed=prefill))
     assert of(decided, "prefill").min_L is None and decided.min_L is None
     assert "prefill, bf16: 0 of 0 judged cases do not qualify" in write_threshold.as_text(decided)
 
@@ -355,14 +355,14 @@ def test_a_regime_in_which_nothing_could_be_judged_leaves_no_threshold(tmp_path)
     {"not_timed": [{"case": 3, "method": "packed_sdpa", "reason": "out of memory"}]},
 ])  # fmt: skip
 def test_a_reason_that_is_none_excuses_nothing(tmp_path, mark):
-    data = synthetic.run([HOT], without={(HOT.id, "packed_sdpa")}) | {"nsa_sel": mark}
+    data = saved_runs.run([HOT], without={(HOT.id, "packed_sdpa")}) | {"nsa_sel": mark}
     assert judge(tmp_path, data).problem.startswith("packed_sdpa is missing from ")
 
 
 def test_the_verdict_says_how_often_each_form_was_the_opponent(tmp_path):
     # Where the case is hot the compiled form is the fastest, elsewhere the one with fused packing.
     hot, gone = first("rows", 16), next(c for c in FULL if not c.hot)
-    run = synthetic.run(FULL, not_timed={**refused(hot, "packed_sdpa_compiled"), **refused(gone, "packed_sdpa_fused")})
+    run = saved_runs.run(FULL, not_timed={**refused(hot, "packed_sdpa_compiled"), **refused(gone, "packed_sdpa_fused")})
     counts = {"packed_sdpa_compiled": sum(c.hot for c in FULL) - 1, "packed_sdpa": 1}
     counts["packed_sdpa_fused"] = len(FULL) - sum(counts.values())
     decided = decide(tmp_path, run)
@@ -371,7 +371,7 @@ def test_the_verdict_says_how_often_each_form_was_the_opponent(tmp_path):
     order = sorted(counts, key=lambda form: -counts[form])
     listed = ", ".join(f"{names[form]} in {counts[form]}" + (" cases" if form == order[0] else "") for form in order)
     assert f"The opponent was packed SDPA {listed}." in write_threshold.sentence(decided)
-    slow = synthetic.run(FULL, 1.0)
+    slow = saved_runs.run(FULL, 1.0)
     assert "The opponent was packed SDPA compiled in" in write_threshold.sentence(decide(tmp_path, slow))
 
 
