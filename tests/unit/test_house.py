@@ -22,6 +22,7 @@ ORDER = """
 BENCH_ORDER = """
     timer saved tables < suite compare < threshold < report
     suite timer < methods < session tune checks
+    compare session tune precompile < continuous
     compare < checks
     tune < precompile
     timer < cli
