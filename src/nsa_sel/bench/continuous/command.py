@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..compare.rule import Comparison, compare, confirm, section, to_measure_again
+from ..compare.rule import Comparison, compare, confirm, to_measure_again
 from ..saved import storage
-from ..saved.run import MARK, Run, RunError, from_entries, gpu_name, notes, short_name
+from ..saved.run import MARK, RunError, gpu_name, load, read_json
 from ..suite import cases
 from ..tables import printable, replace_file
 from ..tune.log import Progress
@@ -23,7 +23,7 @@ from .process import Process
 from .trees import Tree, TreeError, Trees
 
 ROUNDS = 2
-FAILURES_SHOWN = 10
+SHOWN = 10
 KEPT = "continuous"  # folder in the storage that holds what an ended course has measured
 
 
@@ -93,52 +93,49 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
     if kept.problem:
         print(kept.problem)
 
-    runs = []
+    paths = []
     for side, tree in enumerate((base, head)):
         about = {"base": base.commit["id"], "head": head.commit["id"], "processes": args.rounds}
         outcomes = [kept.pairs[number][side] for number in sorted(kept.pairs)]
-        document = saving.document(tree, outcomes, course.machine_of(tree), {KEPT: about})
-        runs.append((document, saving.save(args.storage, document, tree)))
-    (_, old), (_, new) = runs
-    print(f"saved in {old} and {new.name}")
+        run = saving.document(tree, outcomes, course.machine_of(tree), {KEPT: about})
+        paths.append(saving.save(args.storage, run, tree))
+    print(f"saved in {paths[0]} and {paths[1].name}")
     for line in saving.agreement(kept.pairs.values()):
         print(line)
     if course.on_gpu:
-        comparison = _judged(course, *runs)
+        comparison = _judged(course, *paths)
         print(comparison.text())
         code = comparison.exit_code
     else:
         print("references only: no verdict")
         code = 0
     kept.finish()
-    for line in (failures := _failures(head, [pair[1] for pair in kept.pairs.values()])):
+    failures = [_failures(tree, [pair[side] for pair in kept.pairs.values()]) for side, tree in enumerate((base, head))]
+    for line in (*failures[0], *failures[1]):
         print(printable(line))
-    return 1 if failures else code
+    return 1 if failures[1] else code
 
 
-def _judged(course: Course, base: tuple[dict, Path], head: tuple[dict, Path]) -> Comparison:
-    """Compare the runs; measure alerts in one more pair, and save HEAD's run with those that it confirms."""
-    old, new = _run(*base), _run(*head)
-    comparison = compare(old, new)
-    if keys := to_measure_again(comparison):
+def _judged(course: Course, base: Path, head: Path) -> Comparison:
+    """Compare the saved runs; measure alerts in one more pair, and mark HEAD's run with those that it confirms."""
+    old = load(base)
+    comparison = compare(old, load(head))
+    if comparison.compared and (keys := to_measure_again(comparison)):
         comparison = confirm(comparison, saving.fresh(course.again(keys), old.timings))
     if comparison.regressions:
-        document, path = head
+        run = read_json(head)
         slower = [f"{change.case} {change.method}" for change in comparison.regressions]
-        document[MARK] |= {"baseline": old.name, "regressions": slower}
-        replace_file(path, saving.as_text(document))
+        run[MARK] |= {"baseline": old.name, "regressions": slower}
+        replace_file(head, saving.as_text(run))
     return comparison
 
 
-def _run(document: Mapping[str, Any], path: Path) -> Run:
-    return from_entries(short_name(path), document["benchmarks"], document["machine_info"], **notes(document))
-
-
 def _failures(tree: Tree, outcomes: Sequence[Outcomes]) -> list[str]:
-    """Return lines that say which timings a tree's kernel failed in, and why."""
+    """Return lines that say in which timings a tree failed, and why."""
     found = {key: reason for key, each in saving.by_key(outcomes).items() if (reason := saving.first(each, "failed"))}
     lines = [f"  {case} {method}: {reason}" for (case, method), reason in found.items()]
-    return section(f"FAIL: {tree.name} gets no time", lines, FAILURES_SHOWN)
+    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"FAILED in {tree.name} ({len(lines)})", *lines[:SHOWN], *more] if lines else []
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -38,12 +38,12 @@ class Kept:
         if whole:
             try:
                 head, *lines = map(json.loads, whole.splitlines())
+                other = [name for name, value in json.loads(json.dumps(about)).items() if head.get(name) != value]
                 self.pairs = {tuple(number): (_outcomes(base), _outcomes(new)) for number, base, new in lines}
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, AttributeError):
                 raise CourseError(f"--resume: {path} is damaged; measure without --resume") from None
-            for name, value in json.loads(json.dumps(about)).items():
-                if head.get(name) != value:
-                    raise CourseError(f"--resume: {name} is not what it was in {path}; measure without --resume")
+            if other:
+                raise CourseError(f"--resume: {other[0]} is not what it was in {path}; measure without --resume")
         replace_file(path, whole or json.dumps(about) + "\n")
 
     def add(self, number: Number, pair: Pair) -> None:

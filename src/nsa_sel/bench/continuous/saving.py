@@ -29,24 +29,26 @@ def document(
     """Return a commit's run: of every timing what its processes found, each an item of `outcomes`.
 
     Median, quartiles and interval are the medians over the processes, so that each counts alike; minimum, mean and the
-    like are of all samples. A timing that one process could not take has none.
+    like are of all samples. A timing that one process could not take has none: it is skipped if it cannot be taken
+    here, and missing if it failed.
     """
     import pytest_benchmark
     from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
 
     found = by_key(outcomes)
-    reasons = [
-        {"case": case, "method": method, "reason": reason}
-        for (case, method), each in found.items()
-        if (reason := first(each, "failed") or first(each, "not_timed"))
-    ]
+    asked: dict[str, list[str]] = {}
+    skipped: dict[str, dict[str, str]] = {}
+    for (case, method), each in found.items():
+        asked.setdefault(case, []).append(method)
+        if (reason := first(each, "not_timed")) and not first(each, "failed"):
+            skipped.setdefault(case, {})[method] = reason
     return {
         "machine_info": {**machine_info(), **machine},
         "commit_info": dict(tree.commit),
         "benchmarks": [_entry(key, each) for key, each in found.items() if _timed(each)],
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "version": pytest_benchmark.__version__,
-        MARK: {**notes, "not_timed": reasons},
+        MARK: {**notes, "asked": asked, "skipped": skipped},
     }
 
 
