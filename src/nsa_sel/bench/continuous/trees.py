@@ -20,7 +20,7 @@ MEASURED = "nsa_sel"  # the package that a tree holds under src/
 SUITE = f"{MEASURED}_suite"  # the name under which the suite's copy is imported beside it
 WORKER = Path("bench/continuous/worker.py")
 COPIED = ("src", "configs")  # of a working tree: the package, and the toggles that it reads where it runs
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Set inside a git hook, where they would make every command below work on the caller's own index.
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 
@@ -124,11 +124,17 @@ def _remove(folder: Path) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Hold signals that would end the process until the block is over: it is short, and must not be left half done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    held: list[int] = []
+    before = {}
     try:
+        for number in SIGNALS:  # a mask would hold them from this thread alone, and another would take them
+            before[number] = signal.signal(number, lambda number, frame: held.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 class Git:
