@@ -505,6 +505,21 @@ def test_a_signal_leaves_nothing_behind_and_resume_measures_none_twice(
     assert all(len(runs.load(path).timings) == 24 for path in saved(repository))
 
 
+def test_a_course_that_was_ended_in_the_second_look_measures_only_that(card, repository):
+    a, b = names(repository)
+    card.slower[b, "triton"] = 1.2
+
+    def end(tree, case, method):
+        if len(card.turns()) == 5:
+            raise KeyboardInterrupt
+
+    card.on_measure = end
+    assert main(repository) == 130
+    card.log.clear()
+    assert main(repository, "--resume") == 1
+    assert card.turns() == [(a, 8), (b, 8)]
+
+
 def test_resume_refuses_another_card(card, repository, capsys):
     def end(tree, case, method):
         if len(card.turns()) == 3:
