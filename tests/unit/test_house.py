@@ -23,6 +23,7 @@ BENCH_ORDER = """
     timer saved tables < suite compare < threshold < report
     timer saved < resume
     suite timer < methods < session tune checks
+    compare session tune precompile < continuous
     compare < checks
     tune < precompile
     timer < cli

@@ -20,6 +20,7 @@ VERBS = {
     verb: (f"{__package__}.{verb}.command", meaning)
     for verb, meaning in (
         ("compare", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
+        ("continuous", "two commits, measured in turns on this card: did the second make it slower?"),
         ("report", "tables and pictures from saved runs"),
         ("tune", "which tiles, splits and warps are fastest here; writes the table that is used"),
         ("threshold", "the length L from which Triton is safe to switch on here"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .methods import contender
 from .methods.contender import CaseState, NotTimed, Prepared, WrongResult
-from .methods.prepare import prepare
+from .methods.prepare import Kernel, prepare
 from .suite import cases
 from .suite.cases import PEER_METHODS, Case
 from .suite.inputs import memory_estimate
@@ -33,14 +33,15 @@ class Session:
     """Measure cases on the GPU, or by the wall clock without one; calibrates itself when it is made.
 
     plant: slow every tenth benchmark down by this share of its device median, to test whether a comparison finds it.
+    kernel: measured in place of this package's own.
     """
 
-    def __init__(self, flush: str = "read", plant: float | None = None) -> None:
+    def __init__(self, flush: str = "read", plant: float | None = None, kernel: Kernel | None = None) -> None:
         self.timer: DeviceTimer | WallTimer = DeviceTimer(flush) if torch.cuda.is_available() else WallTimer()
         self.on_gpu = isinstance(self.timer, DeviceTimer)
         if not self.on_gpu:
             torch.set_num_threads(1)  # with two, a busy core makes every OpenMP barrier wait for the scheduler
-        self.plant = plant
+        self.plant, self.kernel = plant, kernel
         self.calibration = calibrate(self.timer)
         self.not_timed: dict[tuple[str, str], str] = {}  # (case, method) -> why it has no time
         self._state: CaseState | None = None
@@ -123,7 +124,7 @@ class Session:
             warnings.simplefilter("ignore")  # torch warns of every SDPA backend that declines a call
             try:
                 state = self.state(case)
-                prepared = prepare(state, method)
+                prepared = prepare(state, method, self.kernel)
                 mae = contender.check(state, prepared)
                 with prepared.guard():
                     prepared = self._planted(case, method, prepared)

@@ -18,15 +18,19 @@ from ..suite.inputs import Inputs, memory_estimate
 from . import compiled, peers
 from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, within
 
+Kernel = Callable[..., Tensor]  # f(q, k, v, ranges, *, min_len, max_len) -> out [B, S, G, H, Dv]
 
-def prepare(state: CaseState, method: str) -> Prepared:
+
+def prepare(state: CaseState, method: str, kernel: Kernel | None = None) -> Prepared:
     """Return the method ready for timing, not yet checked.
+
+    kernel: runs in place of this package's own where the method is the kernel's.
 
     Raises:
         NotTimed: it cannot run here; the message says why.
     """
     if method in TRITON_METHODS:
-        return _triton(state, core=method == "triton_core")
+        return _triton(state, method == "triton_core", kernel)
     if method in PEER_METHODS:
         return peers.prepare(state, method)
     if state.case.peers:  # elsewhere the case is not begun unless packing fits
@@ -55,12 +59,15 @@ def prepare(state: CaseState, method: str) -> Prepared:
     return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, guard)
 
 
-def _triton(state: CaseState, core: bool) -> Prepared:
+def _triton(state: CaseState, core: bool, kernel: Kernel | None) -> Prepared:
     if state.device == "cpu":
         raise NotTimed("no GPU")
+    x = _packed_as_inputs(state) if core else state.inputs
+    if kernel is not None:  # nothing is known of it but its result, which the gate judges
+        other = functools.partial(kernel, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+        return Prepared(other, functools.partial(as_rows, state.case))
     from ...kernel import launch  # needs Triton
 
-    x = _packed_as_inputs(state) if core else state.inputs
     if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
         raise NotTimed(reason)
     call = _operation(x, "triton")

@@ -1,0 +1,165 @@
+"""The verb `nsa-sel continuous`: did a commit make it slower? Both are measured now, in turns, on one card."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..compare.rule import Comparison, compare, confirm, to_measure_again
+from ..saved import storage
+from ..saved.run import MARK, RunError, gpu_name, load, read_json
+from ..suite import cases
+from ..tables import printable, replace_file
+from ..tune.log import Progress
+from . import saving, trees
+from .course import Course
+from .kept import CourseError, Kept, Outcomes
+from .process import Process
+from .trees import Tree, TreeError, Trees
+
+ROUNDS = 2
+SHOWN = 10
+KEPT = "continuous"  # folder in the storage that holds what an ended course has measured
+
+
+class Ended(KeyboardInterrupt):
+    """Say that a signal ends the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nsa-sel continuous`: 0 pass, 1 slower or failing, 2 cannot be measured, 3 only suspects, 128 + a signal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    folders = args.base_dir, args.head_dir
+    if any(folders) != all(folders) or (args.base is None) != all(folders) or (args.repo and any(folders)):
+        parser.error("give BASE [HEAD], or both --base-dir and --head-dir")
+    if args.rounds < 1:
+        parser.error(f"--rounds: value is {args.rounds}, expected at least 1")
+    try:
+        with _signals(), _opened(args) as both:
+            return _compared(args, both)
+    except (TreeError, CourseError, RunError, OSError) as error:
+        print(printable(f"nsa-sel continuous: {error}"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print("nsa-sel continuous: ended; the same command with --resume goes on", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)
+
+
+def _opened(args: argparse.Namespace) -> AbstractContextManager[Trees]:
+    if args.base_dir:
+        return trees.of_folders(args.base_dir, args.head_dir)
+    return trees.of_commits(args.repo or Path(), args.base, args.head)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: everything that is open is closed."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in trees.SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _compared(args: argparse.Namespace, both: Trees) -> int:
+    """Measure both trees, save their runs, and print the verdict; return the exit code."""
+    base, head = both.base, both.head
+    choice = {"matrix": args.sel_matrix, "dtype": args.sel_dtype, "family": args.sel_family, "texts": args.k}
+    course = Course(both, choice, Progress(), Process)
+    print(f"{base.name} -> {head.name} on {gpu_name(course.machine['gpu'])}: {len(course.cases)} cases", flush=True)
+    if both.note:
+        print(f"note: {both.note}", flush=True)
+    if base.fingerprint() == head.fingerprint():
+        print("note: both are the same code; every difference is the machine's", flush=True)
+    name = f"{saving.file_name(base.name)}-{saving.file_name(head.name)}.jsonl"
+    kept = Kept(args.storage / KEPT / name, course.about(args.rounds), args.resume)
+    course.run(args.rounds, kept)
+    if kept.problem:
+        print(kept.problem)
+
+    paths = []
+    for side, tree in enumerate((base, head)):
+        about = {"base": base.commit["id"], "head": head.commit["id"], "processes": args.rounds}
+        outcomes = [kept.pairs[number][side] for number in sorted(kept.pairs)]
+        run = saving.document(tree, outcomes, course.machine_of(tree), {KEPT: about})
+        paths.append(saving.save(args.storage, run, tree))
+    print(f"saved in {paths[0]} and {paths[1].name}")
+    for line in saving.agreement(kept.pairs.values()):
+        print(line)
+    if course.on_gpu:
+        comparison = _judged(course, *paths)
+        print(comparison.text())
+        code = comparison.exit_code
+    else:
+        print("references only: no verdict")
+        code = 0
+    kept.finish()
+    failures = [_failures(tree, [pair[side] for pair in kept.pairs.values()]) for side, tree in enumerate((base, head))]
+    for line in (*failures[0], *failures[1]):
+        print(printable(line))
+    return 1 if failures[1] else code
+
+
+def _judged(course: Course, base: Path, head: Path) -> Comparison:
+    """Compare the saved runs; measure alerts in one more pair, and mark HEAD's run with those that it confirms."""
+    old = load(base)
+    comparison = compare(old, load(head))
+    if comparison.compared and (keys := to_measure_again(comparison)):
+        comparison = confirm(comparison, saving.fresh(course.again(keys), old.timings))
+    if comparison.regressions:
+        run = read_json(head)
+        slower = [f"{change.case} {change.method}" for change in comparison.regressions]
+        run[MARK] |= {"baseline": old.name, "regressions": slower}
+        replace_file(head, saving.as_text(run))
+    return comparison
+
+
+def _failures(tree: Tree, outcomes: Sequence[Outcomes]) -> list[str]:
+    """Return lines that say in which timings a tree failed, and why."""
+    found = {key: reason for key, each in saving.by_key(outcomes).items() if (reason := saving.first(each, "failed"))}
+    lines = [f"  {case} {method}: {reason}" for (case, method), reason in found.items()]
+    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [f"FAILED in {tree.name} ({len(lines)})", *lines[:SHOWN], *more] if lines else []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nsa-sel continuous",
+        description="Did a commit make the kernel slower? Measures two commits in turns on this card, in fresh"
+        " processes, by the suite of HEAD; the checkout stays as it is.",
+        epilog="exit code: 0 nothing got slower, or no GPU; 1 slower, or a kernel of HEAD fails; 2 cannot be measured;"
+        " 3 only suspects",
+    )
+    parser.add_argument("base", nargs="?", metavar="BASE", help="a commit: HEAD~1, a branch, a short hash")
+    parser.add_argument("head", nargs="?", metavar="HEAD", help="a commit (default: the working tree as it is)")
+    parser.add_argument("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: hot, smoke on a CPU)")
+    parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
+    parser.add_argument("--sel-family", metavar="NAMES", help="only these families, with commas")
+    parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, metavar="N", help=f"processes of each commit (default: {ROUNDS})"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was ended")
+    parser.add_argument("--repo", type=Path, metavar="DIR", help="the repository of the commits (default: this one)")
+    parser.add_argument("--base-dir", type=Path, metavar="DIR", help="an unpacked tree, in place of BASE")
+    parser.add_argument("--head-dir", type=Path, metavar="DIR", help="an unpacked tree, in place of HEAD")
+    parser.add_argument(
+        "--storage", type=Path, metavar="DIR", default=storage.STORAGE, help=f"saved runs (default: {storage.STORAGE})"
+    )
+    return parser
