@@ -196,7 +196,6 @@ def test_tuning_sets_aside_what_stands_in_its_tables_place(tmp_path, capsys, con
 INTERRUPT = """
 import itertools, signal
 from nsa_sel.bench.timer import timing
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 tick, ticks = timing.tick, itertools.count()
 def interrupting_tick():
     if next(ticks) == 3 * timing.ROUNDS:
