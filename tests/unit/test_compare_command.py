@@ -14,6 +14,7 @@ from nsa_sel.bench.compare import command
 from nsa_sel.bench.report import command as report_command
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.saved import storage
+from nsa_sel.bench.saved.speedups import EVERY_SDPA_FORM
 
 H200 = "Linux-NVIDIA-H200"
 
@@ -86,6 +87,13 @@ def test_the_opponent_is_the_newest_clean_run_of_an_earlier_commit_on_this_card(
     assert Path(storage.opponent(storage.STORAGE, runs.load(new)).path).name == "0001_x.json"
     stored("0002_x", 115, commit="two")
     assert Path(storage.opponent(storage.STORAGE, runs.load(new)).path).name == "0002_x.json"
+
+
+def test_a_run_from_before_an_sdpa_form_was_timed_is_an_opponent(stored):
+    stored("0001_x", 100, commit="one")
+    forms = [entry("a", method, 100) for method in sorted(EVERY_SDPA_FORM)]
+    new = runs.load(stored("0002_x", 100, commit="two", entries=[entry("a", "triton", 100), *forms]))
+    assert storage.opponent(storage.STORAGE, new).name.endswith("0001_x.json")
 
 
 def test_changes_that_are_not_committed_are_compared_with_their_commit(stored, capsys):

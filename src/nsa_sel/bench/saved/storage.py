@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .run import Run, RunError, load, notes, read_json, short_name
+from .speedups import EVERY_SDPA_FORM
 
 BASELINE_NAME = "baseline"
 STORAGE = Path(".benchmarks")
-COVERED = 0.9  # of a run's timings; a run that has fewer of them is a part, and no opponent by default
+COVERED = 0.9  # of a run's timings but SDPA's; a run that has fewer of them is a part, and no opponent by default
 
 
 def folder(uri: str) -> Path:
@@ -122,8 +123,9 @@ def is_clean(run: Run, new: Run) -> bool:
     earlier = not new.datetime or run.datetime < new.datetime
     same_card = all(run.environment[field] == new.environment[field] for field in ("gpu", "gpu_id"))
     clean = not (run.interrupted or run.unmeasured or run.dirty or run.regressions)
-    covered = sum(key in run.timings for key in new.timings)
-    return earlier and same_card and clean and covered >= COVERED * len(new.timings)
+    judged = [key for key in new.timings if key[1] not in EVERY_SDPA_FORM]
+    covered = sum(key in run.timings for key in judged)
+    return earlier and same_card and clean and covered >= COVERED * len(judged)
 
 
 def choose(new: Run, runs: Iterable[Run]) -> Run | None:
