@@ -14,6 +14,7 @@ from nsa_sel.bench.compare.hooks import (
     pytest_benchmark_group_stats,
     pytest_benchmark_update_json,
     pytest_benchmark_update_machine_info,
+    pytest_collection_finish,
     pytest_configure,
     pytest_sessionfinish,
     pytest_terminal_summary,
@@ -26,6 +27,7 @@ __all__ = [
     "pytest_benchmark_group_stats",
     "pytest_benchmark_update_json",
     "pytest_benchmark_update_machine_info",
+    "pytest_collection_finish",
     "pytest_configure",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
@@ -45,6 +47,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sel-plant",
         type=float,
         metavar="SHARE",
-        help="test of the instrument: slow a fixed tenth of the benchmarks down by this share of their device time",
+        help="test of the instrument: slow a fixed tenth of the kernel's timings down by this share of their time",
     )
     hooks.addoption(parser)

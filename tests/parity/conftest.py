@@ -13,11 +13,13 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
+from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.config import test_triton_sel
+
+__all__ = ["pytest_benchmark_group_stats"]
 
 sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available() and test_triton_sel() is not False:
@@ -30,6 +32,8 @@ MARK = "triton_sel_parity"  # in the name of every test that runs the kernel
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the Hypothesis profile: always the same examples, unless --hypothesis-seed is given."""
+    import hypothesis  # not above: `pytest-benchmark compare` imports this file, and warns of an early hypothesis
+
     # PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m sanitizer tests/parity
     # (PyTorch's caching allocator would hide reads past the end of a tensor)
     config.addinivalue_line("markers", "sanitizer: a quick parity test that also runs under compute-sanitizer")

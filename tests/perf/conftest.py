@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.report import screen
-from nsa_sel.bench.resume import plugin as resume
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
 from nsa_sel.bench.tune.log import Progress
+
+__all__ = ["pytest_benchmark_group_stats"]
 
 BENCH = pytest.StashKey[Session]()
 PROGRESS = pytest.StashKey[Progress]()
@@ -80,8 +82,13 @@ def _is_timed(item: pytest.Item) -> bool:
     return hasattr(item, "callspec") and "case_id" in item.callspec.params
 
 
+def _resume(config: pytest.Config) -> Any:
+    """Return the plugin that keeps runs. Imported here it would end `pytest-benchmark compare` with a warning."""
+    return config.pluginmanager.get_plugin("nsa_sel.bench.resume.plugin")
+
+
 def _takes_time(item: pytest.Item) -> bool:
-    return _is_timed(item) and not resume.holds(
+    return _is_timed(item) and not _resume(item.config).holds(
         item.config, *(item.callspec.params[name] for name in ("case_id", "method"))
     )
 
@@ -121,7 +128,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
         terminalreporter.write_line(line)
-    files = [str(path) for path in resume.saved_files(config)]
+    files = [str(path) for path in _resume(config).saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
     if not (session.save or session.autosave or session.json):

@@ -50,6 +50,7 @@ def test_sel(case_id, method, benchmark, bench: Session, pytestconfig: pytest.Co
                 benchmark.extra_info.update(bench.figures(case, prepared, benchmark.stats.stats.data))
     except NotTimed as reason:
         benchmark.has_error = True
+        hooks.register_skipped(case_id, method, str(reason))
         pytest.skip(f"not timed: {reason}")
     except BaseException as error:  # an interrupt too
         benchmark.has_error = True  # else half a measurement would be saved, or a run could not be saved at all

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
+
+__all__ = ["pytest_benchmark_group_stats"]
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # for the variants that the parity suite forces
 
 FIGURE = "soak"

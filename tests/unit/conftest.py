@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
+
+__all__ = ["pytest_benchmark_group_stats"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_worker() -> Iterator[None]:

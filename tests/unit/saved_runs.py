@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nsa_sel.bench.compare import noise
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.suite.cases import Case, scope
 
@@ -155,6 +156,14 @@ def save(data: Mapping[str, Any], path: Path) -> Path:
 def save_entries(folder: Path, name: str, entries: list[dict[str, Any]], when: str = WHEN, **more: Any) -> Path:
     """Write a run of these entries to `<folder>/<name>.json`."""
     return save(document(entries, when, **more), folder / f"{name}.json")
+
+
+def use_noise(monkeypatch: Any, folder: Path, device: dict[str, list], host: list | None = None) -> None:
+    """Let `noise` be the table of the cards: device bins by GPU, and bins of call and graph times."""
+    host = host or [[None, 0, 0, 1]]
+    path = folder / f"noise-{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps({gpu: {"device": bins, "call": host, "graph": host} for gpu, bins in device.items()}))
+    monkeypatch.setattr(noise, "TABLE", path)
 
 
 _BASE = {"device": 1.0, "call": 1.1, "graph": 0.9}  # of the device time

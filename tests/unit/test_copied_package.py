@@ -57,6 +57,7 @@ def test_a_copy_has_the_command_and_its_verbs(copy: Path):
     )
     assert "Toggles" in run(copy, "-m", "other_name").stdout
     assert "nsa-sel compare" in run(copy, "-c", hidden, "compare", "--help").stdout
+    assert (copy / "other_name/bench/compare/noise.json").is_file()
 
 
 def test_a_copy_compiles_with_its_own_workers(copy: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -217,6 +218,9 @@ def test_an_interrupted_perf_run_leaves_the_earlier_one_and_is_no_baseline(tmp_p
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
     (partial,) = [path for path in tmp_path.glob("*/*.json") if path != earlier]
     assert runs.load(earlier).timings and runs.load(partial).interrupted
-    assert saved_storage.latest(tmp_path, clean=True) == earlier
-    note = rule.compare(runs.load(partial), runs.load(earlier)).text()
-    assert "was interrupted and lacks cases" in note
+    cut = runs.load(partial)
+    clean = dataclasses.replace(cut, interrupted=False, asked=None, dirty=False)
+    later = dataclasses.replace(clean, datetime="9999", path="", dirty=True)
+    assert saved_storage.choose(later, [clean]) is clean
+    assert saved_storage.choose(later, [dataclasses.replace(clean, interrupted=True)]) is None
+    assert "was cut short and lacks cases" in rule.compare(cut, runs.load(earlier)).text()

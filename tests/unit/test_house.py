@@ -20,11 +20,11 @@ ORDER = """
     routing reference kernel < dispatch < ops < api < __init__ < bench < __main__
 """
 BENCH_ORDER = """
-    timer saved tables < suite compare < threshold < report
+    timer saved tables < suite < compare < threshold < report
     timer saved < resume
     suite timer < methods < session tune checks
+    session < compare < checks
     compare session tune precompile < continuous
-    compare < checks
     tune < precompile
     timer < cli
 """

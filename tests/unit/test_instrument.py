@@ -195,15 +195,29 @@ def runs_of_one_commit(tmp_path):
 def test_runs_that_agree_raise_no_alarm(runs_of_one_commit, capsys):
     assert instrument.main(runs_of_one_commit[:2]) == 0
     text = capsys.readouterr().out
-    assert "0.0% at 100%" in text and "660 comparisons, 0 false regressions" in text
+    assert "0.0% at 100%" in text and "2 ordered pairs: 0 confirmed, 0 suspects" in text
 
 
 def test_an_alarm_between_runs_of_one_commit_is_counted_and_named(runs_of_one_commit, capsys):
     first = cases.matrix("hot")[0]
-    assert instrument.main(runs_of_one_commit) == 1  # 2 of 1,980 comparisons is more than 1 per 1,000
+    assert instrument.main(runs_of_one_commit) == 1
     text = capsys.readouterr().out
-    assert "1980 comparisons, 2 false regressions: 1.01 per 1,000" in text
+    assert "6 ordered pairs: 2 confirmed, 0 suspects" in text
     assert text.count(first.id) == 2
+
+
+@pytest.mark.parametrize(("suspects", "code"), [(3, 0), (4, 1)])
+def test_more_than_a_suspect_per_ordered_pair_is_too_many(tmp_path, capsys, suspects, code):
+    data = saved_runs.run(cases.matrix("hot"))
+    paths = [tmp_path / f"run{i}.json" for i in range(3)]
+    for path in paths:
+        slowed = copy.deepcopy(data)
+        for made in slowed["benchmarks"][: 5 * suspects] if path is paths[-1] else ():
+            if made["extra_info"]["method"] == "triton":
+                made["stats"]["median"] *= 1.3  # the quartiles stay
+        path.write_text(json.dumps(slowed))
+    assert instrument.main([str(path) for path in paths]) == code
+    assert f"6 ordered pairs: 0 confirmed, {2 * suspects} suspects" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

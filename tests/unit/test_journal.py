@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from pytest_benchmark.storage.file import FileStorage
+from saved_runs import H200
 
 from nsa_sel.bench.compare import command as compare_command
 from nsa_sel.bench.compare import hooks
 from nsa_sel.bench.resume import conditions, results
 from nsa_sel.bench.saved import journal, run, storage
+from nsa_sel.bench.timer import machine
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
@@ -104,6 +107,7 @@ def machine_is_known():
 def perf(pytester, monkeypatch):
     """Return a function that runs five cases: `do` says what happens in which."""
     monkeypatch.setattr(hooks, "remeasure", {})
+    monkeypatch.setattr(machine, "_identity", lambda: {**H200, "cuda": None})  # without a GPU nothing is compared
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)  # asks the CPU in a subprocess
     monkeypatch.setattr(tempfile, "tempdir", str(pytester.path / "tmp"))
     pytester.path.joinpath("tmp").mkdir()
@@ -165,7 +169,9 @@ def test_a_run_that_ended_early_is_saved_in_part_and_gone_on_with(perf, pytester
     (part,), (left,) = saved(pytester), journals(pytester)
     assert [case for case, _ in run.load(part).timings] == ["a", "b"] == [case for case, _ in run.load(left).timings]
     assert run.load(part).interrupted and run.load(left).interrupted
-    assert storage.latest(pytester.path / ".benchmarks", clean=True) is None
+    later = dataclasses.replace(run.load(part), datetime="9999")
+    assert storage.is_clean(dataclasses.replace(run.load(part), interrupted=False, asked=None), later)
+    assert not storage.is_clean(run.load(part), later)
     assert perf(*RESUME, *data).ret == 0 and measured(pytester) == "cde"
     (whole,) = saved(pytester)
     assert whole != part and not journals(pytester)

@@ -40,7 +40,7 @@ def gpu_report(tmp_path_factory) -> Path:
             for name in ("median", "q1", "q3"):
                 entry["stats"][name] *= 1.5
     new = saved_runs.save(data, folder / "0002_new.json")
-    assert report_command.main([str(new), str(old), "--out", str(folder / "out")]) == 0
+    assert report_command.main([str(old), str(new), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 

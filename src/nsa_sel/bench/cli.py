@@ -19,7 +19,10 @@ from .timer import machine
 VERBS = {
     verb: (f"{__package__}.{verb}.command", meaning)
     for verb, meaning in (
-        ("compare", "two saved runs: regressions, improvements, noise; exits 1 on a regression"),
+        (
+            "compare",
+            "two saved runs or commits: what got slower, what is suspect; exits 1 on a regression, 3 on a suspect",
+        ),
         ("continuous", "two commits, measured in turns on this card: did the second make it slower?"),
         ("report", "tables and pictures from saved runs"),
         ("tune", "which tiles, splits and warps are fastest here; writes the table that is used"),

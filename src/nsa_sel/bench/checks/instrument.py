@@ -1,24 +1,29 @@
 """Judge the instrument by its own runs: false alarms between runs of one commit, planted slow-downs that are found.
 
-    python -m nsa_sel.bench.checks.instrument RUN.json RUN.json …       runs of the same commit, all pairs
-    python -m nsa_sel.bench.checks.instrument --planted RUN.json        a run made with --sel-plant and --sel-baseline
+    python -m nsa_sel.bench.checks.instrument RUN.json RUN.json …               runs of one commit and card, all pairs
+    python -m nsa_sel.bench.checks.instrument --planted RUN.json                a run with --sel-plant, --sel-baseline
+    python -m nsa_sel.bench.checks.instrument --noise FILE RUN.json RUN.json …  write what such runs differ by
 
-Make the runs in fresh processes: `pytest tests/perf --sel-matrix hot --benchmark-json=RUN.json`.
+Make the runs in fresh processes: `pytest tests/perf --benchmark-json=RUN.json`. The table of noise that the comparison
+uses is src/nsa_sel/bench/compare/noise.json; --noise replaces the runs' GPU in FILE and leaves the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..compare import noise
 from ..compare.rule import compare
 from ..saved.run import Key, Run, RunError, load, notes, read_json
+from ..tables import replace_file
 
-FALSE_PER_1000 = 1.0  # tolerated: docs/measuring.md, "Comparing two runs"
+SUSPECTS_PER_PAIR = 1.0  # tolerated of runs of one commit, and no confirmed one: docs/measuring.md, "Noise"
 FOUND_SHARE = 0.95
 
 
@@ -32,14 +37,16 @@ def spread(same_commit: Sequence[Run]) -> list[float]:
     return sorted(apart)
 
 
-def false_alarms(same_commit: Sequence[Run]) -> tuple[int, list[str]]:
-    """Compare every pair of runs in both directions: how many comparisons, and a line for each regression found."""
-    compared, alarms = 0, []
-    for old, new in itertools.permutations(same_commit, 2):
+def false_alarms(same_commit: Sequence[Run]) -> tuple[int, list[str], list[str]]:
+    """Compare every pair of runs in both directions: how many pairs, and a line for each confirmed and each suspect."""
+    confirmed: list[str] = []
+    suspect: list[str] = []
+    pairs = list(itertools.permutations(same_commit, 2))
+    for old, new in pairs:
         result = compare(old, new)
-        compared += result.compared
-        alarms += [f"{old.name} -> {new.name}: {change.text()}" for change in result.regressions]
-    return compared, alarms
+        for lines, changes in ((confirmed, result.regressions), (suspect, result.suspects)):
+            lines += [f"{old.name} -> {new.name}: {change.text()}" for change in changes]
+    return len(pairs), confirmed, suspect
 
 
 def planted(path: Path) -> tuple[set[Key], set[Key], int]:
@@ -57,12 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="two or more runs of the same commit")
     parser.add_argument("--planted", type=Path, metavar="RUN.json")
+    parser.add_argument("--noise", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    if len(args.runs) == 1 or not (args.runs or args.planted):
+    if len(args.runs) == 1 or not (args.runs or args.planted) or (args.noise and not args.runs):
         parser.error("give two runs or more, or --planted")
     good = True
     try:
-        if args.runs:
+        if args.noise:
+            _write_noise(args.noise, [load(path) for path in args.runs])
+        elif args.runs:
             good &= _report_pairs([load(path) for path in args.runs])
         if args.planted:
             good &= _report_planted(args.planted)
@@ -77,12 +87,34 @@ def _report_pairs(same_commit: Sequence[Run]) -> bool:
     at = {share: apart[int(share * (len(apart) - 1))] for share in (0.5, 0.9, 0.99, 1.0)}
     shares = ", ".join(f"{value:.1%} at {share:.0%}" for share, value in at.items())
     print(f"between {len(same_commit)} processes, {len(apart)} benchmarks: (max - min) / median is {shares}")
-    compared, alarms = false_alarms(same_commit)
-    rate = 1000 * len(alarms) / compared
-    print(f"{compared} comparisons, {len(alarms)} false regressions: {rate:.2f} per 1,000")
-    for alarm in alarms[:20]:
-        print(f"  {alarm}")
-    return rate < FALSE_PER_1000
+    pairs, confirmed, suspect = false_alarms(same_commit)
+    print(f"{pairs} ordered pairs: {len(confirmed)} confirmed, {len(suspect)} suspects, all of them false")
+    for line in (confirmed + suspect)[:20]:
+        print(f"  {line}")
+    return not confirmed and len(suspect) <= SUSPECTS_PER_PAIR * pairs
+
+
+def _write_noise(path: Path, same_commit: Sequence[Run]) -> None:
+    """Write the noise of these runs' GPU into a table.
+
+    Raises: RunError if the runs or the table cannot be used.
+    """
+    found = noise.measure(same_commit)
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        replace_file(path, noise.as_text({**tables, **found}))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read or written as a table of noise: {error}") from None
+    for gpu, table in found.items():
+        print(f"{path}: {gpu}, {table['runs']} runs")
+        for kind in noise.KINDS:
+            print(f"  {kind:<7} " + ", ".join(map(_bin, table[kind])))
+
+
+def _bin(entry: Sequence[float | None]) -> str:
+    up_to, p90, p99, count = entry
+    ranks = f"p90 {p90}, p99 {p99} us" if up_to else f"p90 {p90:.2%}, p99 {p99:.2%}"
+    return f"{'longer' if up_to is None else f'to {up_to:g} us'}: {ranks} of {count}"
 
 
 def _report_planted(path: Path) -> bool:

@@ -3,47 +3,144 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..saved import storage
-from ..saved.run import RunError, load, short_name
-from ..tables import printable
-from .rule import compare
+from ..saved.run import Key, Run, RunError, Timing, load, short_name, timing
+from ..suite import cases
+from ..tables import printable, replace_file
+from . import export
+from .result import Comparison
+from .rule import compare, confirm, to_measure_again
+
+EPILOG = """\
+OLD and NEW: files, saved names, run prefixes such as 0001, or commits such as HEAD~1 (the newest whole run of it).
+Without NEW: the latest run. Without OLD: the newest clean run of an earlier commit on the same card, else the run
+saved as baseline.
+Exit code: 0 pass, or no verdict without a GPU; 1 slower, missing, no case in common or another GPU model; 2 a run that
+cannot be used; 3 only suspects.
+"""
+EXPORTS: dict[str, Callable[[Comparison], str]] = {
+    "json": export.as_json,
+    "markdown": export.as_comment,
+    "junit": export.as_junit,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `nsa-sel compare [OLD NEW]`; return 0 (clean), 1 (regression, missing, nothing common, other GPU) or 2."""
+    """Run `nsa-sel compare [OLD [NEW]]`; return 0, 1, 2 or 3 as its help says."""
     parser = argparse.ArgumentParser(
-        prog="nsa-sel compare", description="Say which cases got slower between two saved runs."
+        prog="nsa-sel compare",
+        description="Say which cases got slower between two saved runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", metavar="OLD NEW", help="files, saved names or run prefixes such as 0001")
+    parser.add_argument("old", nargs="?", metavar="OLD")
+    parser.add_argument("new", nargs="?", metavar="NEW")
+    parser.add_argument("--sel-baseline", metavar="RUN", help="the old run, as in pytest tests/perf")
     parser.add_argument(
-        "--sel-baseline", metavar="RUN", help="the old run, if OLD and NEW are not given (default: baseline)"
+        "--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs (default: %(default)s)"
     )
+    parser.add_argument("--again", action="store_true", help="measure what is slower or suspect again, on the new GPU")
+    for name, what in (("json", "everything"), ("markdown", "a pull request's comment"), ("junit", "a test per case")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to this file")
     args = parser.parse_args(argv)
-    if len(args.runs) not in (0, 2) or (args.runs and args.sel_baseline):
-        parser.error("give both OLD and NEW, or neither")
+    if args.old and args.sel_baseline:
+        parser.error("give OLD or --sel-baseline, not both")
     try:
-        old, new = _choose(args.runs, args.sel_baseline, storage.STORAGE)
-        comparison = compare(load(old), load(new))
+        comparison = compare(*_choose(args.old or args.sel_baseline, args.new, storage.folder(args.storage)))
+        if args.again:
+            comparison = measure_again(comparison)
+        for name, written in EXPORTS.items():
+            if (path := getattr(args, name)) is not None:
+                _write(path, written(comparison))
     except RunError as error:
         print(printable(f"nsa-sel compare: {error}"), file=sys.stderr)
         return 2
-    print(comparison.text())
+    print(comparison.text(colour=shows_colour()))
     return comparison.exit_code
 
 
-def _choose(given: list[str], baseline: str | None, folder: Path) -> tuple[Path, Path]:
-    if given:
-        return storage.find(given[0], folder), storage.find(given[1], folder)
-    new = storage.latest(folder)
-    if new is None:
+def shows_colour() -> bool:
+    """Tell whether standard output is a terminal that may be coloured."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _choose(old: str | None, new: str | None, folder: Path) -> tuple[Run, Run]:
+    path = storage.latest(folder) if new is None else storage.find(new, folder)
+    if path is None:
         raise RunError(f"{folder}: no saved run; measure with pytest tests/perf --benchmark-autosave")
-    old = storage.baseline(folder, load(new).gpu, baseline, other_than=new)
-    if old.resolve() == new.resolve():
+    after = load(path)
+    before = storage.opponent(folder, after, old)
+    if new is None and Path(before.path).resolve() == path.resolve():
         raise RunError(
-            f"{short_name(new)}: the latest run is the baseline itself;"
+            f"{short_name(path)}: the latest run is the old one itself;"
             " measure with pytest tests/perf --benchmark-autosave"
         )
-    return old, new
+    return before, after
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); give another file") from None
+
+
+def measure_again(comparison: Comparison) -> Comparison:
+    """Measure what is slower or suspect again on this machine, and judge it by that.
+
+    Raises: RunError if this is not the card of the new run, or another commit is checked out.
+    """
+    from ..timer.machine import environment
+
+    here, new = environment(), comparison.new
+    if here["gpu"] is None:
+        raise RunError("--again measures on the new run's GPU, and here is none; run it there")
+    for field in ("gpu", "gpu_id"):
+        if str(here[field] or "none") != new.environment[field]:
+            raise RunError(f"--again: the new run is of {field} {new.environment[field]}, and here is {here[field]}")
+    commit = _checked_out()
+    if commit and new.commit and commit != new.commit:
+        raise RunError(f"--again: the new run is of commit {new.commit[:10]}; check it out, here is {commit[:10]}")
+    keys = to_measure_again(comparison)
+    if not keys:
+        return comparison
+    print(f"measuring {len(keys)} timings again", file=sys.stderr)
+    fresh, floor_us = _fresh(keys)
+    machine = comparison.machine
+    if floor_us is not None and comparison.old.floor_us is not None:  # another process has a launch floor of its own
+        machine = replace(machine, shift_us=floor_us - comparison.old.floor_us)
+    return confirm(comparison, fresh, machine)
+
+
+def _checked_out() -> str:
+    """Return the commit of the package that would be measured; "" if it lies in no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _fresh(keys: list[Key]) -> tuple[dict[Key, Timing], float | None]:
+    """Return fresh timings of those that can be measured, and this process's launch floor in µs."""
+    from ..session import Session
+
+    families = ",".join((*cases.FAMILIES, cases.PEERS))
+    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
+    session = Session()
+    found = {}
+    for case, method in sorted(keys):
+        try:
+            values = session.measure_again(known[case], method)
+        except Exception as error:  # a case that fails here stays what it was
+            print(printable(f"{case} {method}: not measured again: {error!r}"), file=sys.stderr)
+        else:
+            found[case, method] = timing(case, method, values, values, "measured again")
+    return found, session.calibration.get("null_kernel_us", {}).get("device")

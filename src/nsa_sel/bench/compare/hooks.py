@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,13 +14,18 @@ from typing import Any
 import pytest
 
 from ..saved import storage
-from ..saved.run import MARK, Key, Run, RunError, from_entries, load, notes, read_json, short_name, timing
+from ..saved.figures import is_figure, mapping
+from ..saved.run import MARK, Key, Run, RunError, from_entries, notes, read_json, timing
 from ..tables import printable
 from ..timer.machine import environment
-from .rule import Comparison, compare, confirm, to_measure_again
+from . import table_command
+from .result import Comparison
+from .rule import compare, confirm, to_measure_again
 
 Remeasure = Callable[[], Mapping[str, Any]]
 remeasure: dict[Key, Remeasure] = {}
+skipped: dict[Key, str] = {}  # what this process could not measure, and why
+_CASES = pytest.StashKey[list[Key]]()  # what the run was asked for
 _ASKED = pytest.StashKey[str | bool]()  # True: with the default baseline; a text: with this run
 _INTERRUPTED = pytest.StashKey[bool]()
 _RESULT = pytest.StashKey[Comparison | str]()
@@ -37,6 +41,11 @@ def register_remeasure(case: str, method: str, measure: Remeasure) -> None:
     remeasure[case, method] = measure
 
 
+def register_skipped(case: str, method: str, reason: str) -> None:
+    """Register why a case could not be measured here (no memory for it): with a reason it is not missing."""
+    skipped[case, method] = reason
+
+
 def addoption(parser: pytest.Parser) -> None:
     """Add --perf-fail and --sel-baseline."""
     group = parser.getgroup("nsa_sel")
@@ -48,21 +57,27 @@ def addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--sel-baseline",
         metavar="RUN",
-        help="compare with this run: a file, a saved name or a prefix such as 0001"
-        f" (default: this GPU's run saved as {storage.BASELINE_NAME!r}, else its latest without confirmed regressions)",
+        help="compare with this run: a file, a saved name, a prefix such as 0001 or a commit (default: the newest clean"
+        f" run of an earlier commit on this card, else this GPU's run saved as {storage.BASELINE_NAME!r})",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take --benchmark-compare over: pytest-benchmark would load its run before the GPU is known."""
-    asked = config.getoption("benchmark_compare", None) or config.getoption("perf_fail")
-    baseline = config.getoption("sel_baseline")
-    if asked or baseline:
-        config.stash[_ASKED] = baseline or asked
+    theirs = config.getoption("benchmark_compare", None)
+    named = next((spec for spec in (config.getoption("sel_baseline"), theirs) if isinstance(spec, str)), None)
+    if named is not None or theirs or config.getoption("perf_fail"):
+        config.stash[_ASKED] = True if named is None else named
     if hasattr(config.option, "benchmark_compare"):
         config.option.benchmark_compare = []
     # pytest-benchmark warns so if Ctrl-C stops a benchmark before its first round; an error would hide the Ctrl-C.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note what the run is asked for: what of it has no time at the end is missing."""
+    params = (item.callspec.params for item in session.items if hasattr(item, "callspec"))
+    session.config.stash[_CASES] = [(p["case_id"], p["method"]) for p in params if {"case_id", "method"} <= p.keys()]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -73,11 +88,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     if benchmarks is not None and exitstatus == pytest.ExitCode.INTERRUPTED:
         config.stash[_INTERRUPTED] = True
         with contextlib.suppress(RunError):
-            if (partial := _this_run(benchmarks.benchmarks)) is not None:
+            if (partial := _this_run(config, benchmarks.benchmarks)) is not None:
                 _keep_apart(benchmarks, partial.gpu)
     elif benchmarks is not None and not hasattr(config, "workerinput") and exitstatus not in _SKIP_SUMMARY:
         try:
-            new = _this_run(benchmarks.benchmarks)
+            new = _this_run(config, benchmarks.benchmarks)
             if new is not None:
                 _keep_apart(benchmarks, new.gpu)
             if _ASKED in config.stash:
@@ -89,10 +104,19 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
     return (yield)
 
 
-def _this_run(benchmarks: Iterable[Any]) -> Run | None:
+def _this_run(config: pytest.Config, benchmarks: Iterable[Any]) -> Run | None:
     """Return the session's own timings as a Run; None if this suite timed nothing."""
     entries = [bench.as_dict(include_data=False) for bench in benchmarks if _ours(bench)]
-    return from_entries("this run", entries, environment()) if entries else None
+    if not entries:
+        return None
+    commit = config.hook.pytest_benchmark_generate_commit_info(config=config) if _ASKED in config.stash else {}
+    return from_entries("this run", entries, environment(), **notes({"commit_info": commit, MARK: _asked(config)}))
+
+
+def _asked(config: pytest.Config) -> dict[str, list[Any]]:
+    """Return what the run was asked for, and what of it could not be measured and why, as a saved run says it."""
+    reasons = [{"case": case, "method": method, "reason": why} for (case, method), why in skipped.items()]
+    return {"asked": [list(key) for key in config.stash.get(_CASES, [])], "not_timed": reasons}
 
 
 def _ours(bench: Any) -> bool:
@@ -113,28 +137,38 @@ def _compare(config: pytest.Config, benchmarks: Any, new: Run | None) -> Compari
         raise RunError("no benchmark was timed; see the tests above")
     asked = config.stash[_ASKED]
     folder = Path(getattr(benchmarks.storage, "path", storage.STORAGE))
-    path = storage.baseline(folder, new.gpu, asked if isinstance(asked, str) else None)
-    old = load(path)
+    old = storage.opponent(folder, new, asked if isinstance(asked, str) else None)
+    path = Path(old.path)
     shown = path.relative_to(folder) if path.is_relative_to(folder) else path
-    benchmarks.compared_mapping[shown] = {bench.get("fullname"): bench for bench in read_json(path)["benchmarks"]}
+    entries = filter(_fits_the_table, read_json(path)["benchmarks"])
+    benchmarks.compared_mapping[shown] = {bench["fullname"]: bench for bench in entries}
     comparison = compare(old, new)
     again = [key for key in to_measure_again(comparison) if key in remeasure]
     if again:
         config.get_terminal_writer().line(f"\nmeasuring {len(again)} alerted timings again")
-    fresh, notes = {}, {}
+    fresh, failed = {}, {}
     for key in again:
         try:
             values = remeasure[key]()
             fresh[key] = timing(*key, values, values, "measured again")
         except Exception as error:  # the comparison must outlive whatever a measurement does
-            notes[key] = f"could not be measured again: {error}".splitlines()[0]
+            failed[key] = f"could not be measured again: {error}".splitlines()[0]
     confirmed = confirm(comparison, fresh)
-    return replace(
-        confirmed,
-        regressions=tuple(
-            replace(change, note=notes.get((change.case, change.method), change.note))
-            for change in confirmed.regressions
-        ),
+    regressions, suspects = (
+        tuple(replace(change, note=failed.get(change.key, change.note)) for change in changes)
+        for changes in (confirmed.regressions, confirmed.suspects)
+    )
+    return replace(confirmed, regressions=regressions, suspects=suspects)
+
+
+def _fits_the_table(bench: Any) -> bool:
+    """Tell whether pytest-benchmark's table can show an entry of a baseline: a gap would end it in a traceback."""
+    stats = mapping(bench.get("stats"))
+    numbers = ("min", "max", "mean", "median", "stddev", "iqr", "ops", "rounds", "iterations")
+    return (
+        isinstance(bench.get("fullname"), str)
+        and "outliers" in stats
+        and all(is_figure(stats.get(name)) for name in numbers)
     )
 
 
@@ -157,7 +191,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     result = config.stash.get(_RESULT, None)
     if result is not None:
         terminalreporter.section("comparison", sep="-")
-        text = result if isinstance(result, str) else result.text()
+        text = result if isinstance(result, str) else result.text(terminalreporter.hasmarkup)
         terminalreporter.write_line(text)
 
 
@@ -194,45 +228,10 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 def pytest_benchmark_group_stats(
     config: pytest.Config | None, benchmarks: Iterable[dict[str, Any]], group_by: str
 ) -> Any:
-    """Group as pytest-benchmark does; under its `compare` command (config None), print our comparison at exit."""
+    """Group as pytest-benchmark does; under its `compare` command (config None) what changed, with our comparison."""
     from pytest_benchmark import plugin
 
     rows = list(benchmarks)
     if config is None:
-        atexit.register(print, f"\n{compare_rows(rows)}", flush=True)
+        rows = table_command.announce(rows)
     return plugin.pytest_benchmark_group_stats(config, rows, group_by)
-
-
-def compare_rows(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Compare, for each GPU among a table's rows, the named baseline, else the oldest run, with the newest."""
-    by_path: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_path.setdefault(str(row.get("path")), []).append(row)
-    texts: list[str] = []
-    found: list[Run] = []
-    for path, entries in by_path.items():
-        try:
-            found.append(_run_of_rows(path, entries))
-        except RunError as error:
-            texts.append(printable(f"nsa_sel: not compared: {error}"))
-    found.sort(key=lambda run: run.datetime)
-    by_gpu: dict[str, list[Run]] = {}
-    for run in found:
-        by_gpu.setdefault(run.gpu, []).append(run)
-    groups = [group for group in by_gpu.values() if len(group) > 1]
-    if not groups and len(found) > 1:  # one run of each GPU: the comparison says that they cannot be compared
-        groups = [found]
-    for group in groups:
-        *older, newest = group
-        baselines = [run for run in older if run.name.endswith(f"_{storage.BASELINE_NAME}.json")]
-        texts.append(compare(baselines[-1] if baselines else older[0], newest).text())
-    if not groups:
-        texts.append(f"nsa_sel: not compared: {len(found)} saved runs read, two of one GPU are needed")
-    return "\n\n".join(texts)
-
-
-def _run_of_rows(path: str, rows: list[Mapping[str, Any]]) -> Run:
-    """Build a Run from table rows; its date and calibration, which rows lack, are read from its file."""
-    file = next((file for file in (Path(path), storage.STORAGE / path) if file.is_file()), None)
-    data = read_json(file) if file else {}
-    return from_entries(short_name(path), rows, data.get("machine_info") or {}, **notes(data))

@@ -1,217 +1,180 @@
-"""Compare two measuring runs: regressions, improvements, noise, and what else differs.
+"""Compare two measuring runs: what is slower, what is suspect, what is noise.
 
 Source: docs/measuring.md, "Comparing two runs".
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..saved.run import IDENTITY, Key, Run, Timing
-from ..saved.speedups import EVERY_SDPA_FORM, SDPA_FORMS, TRITON
-from ..tables import printable
+from ..saved.run import Key, Run, Timing
+from ..saved.speedups import SDPA_FORMS, TRITON
+from ..suite.cases import is_kernel, scope
+from .noise import CONFIRMED_WRONG, SUSPECT_WRONG, Noise, noise_of, time_us
+from .result import Change, Comparison, RollUp
+from .yardstick import FLOOR_US, Machine, explain
 
 SLOWER = 0.10  # a change counts from here
-FLOOR_US = 0.5  # and from this difference
-MOVED = 0.03  # the SDPA cases' median ratio beyond which the machine itself has changed
 HOST_FLOOR_US = 2.0  # for call time and graph time, which only warn
 PARTNERS = {triton: SDPA_FORMS[scope] for scope, triton in TRITON.items()}
-SHOWN = 10  # lines of what does not decide the verdict
-SHOWN_MISSING = 30
+FEWEST_OF_AN_INTERVAL = 3
 
 
 @dataclass(frozen=True)
-class Change:
-    """Hold one case that changed; `change` is the judged slow-down as a fraction, 0.15 being 15 % slower."""
+class _Judge:
+    """Hold what every timing of two runs is judged by."""
 
-    case: str
-    method: str
-    old_us: float
-    new_us: float
-    change: float
-    speedups: tuple[float, float] | None = None  # old and new, where the speed-up over SDPA was judged
-    note: str = ""
-    again_us: float | None = None  # measured again; the change is then this one's
+    old: Mapping[Key, Timing]
+    new: Mapping[Key, Timing]
+    machine: Machine
+    tick_us: float
+    noise: Noise
+    comparisons: int
 
-    def text(self) -> str:
-        """Return one line: case, method, both times, the change, and what else there is to know."""
-        parts = [f"{self.case} {self.method}  {self.old_us:.2f} us -> {self.new_us:.2f} us"]
-        if self.again_us is not None:
-            parts.append(f"again {self.again_us:.2f} us")
-        if self.speedups:
-            parts.append(f"speed-up {self.speedups[0]:.2f}x -> {self.speedups[1]:.2f}x")
-        parts.append(f"{self.change * 100:+.1f} %")
-        return printable("  ".join([*parts, self.note] if self.note else parts))
+    def grade(self, before: Timing, after: Timing) -> tuple[str, str]:
+        """Return "slower", "suspect", "noise" or "same", and why it is not slower by the whole rule."""
+        slower = after.median_us - before.median_us
+        if slower <= SLOWER * before.median_us:
+            return "same", ""
+        confirmed, suspect = self._noise_us(before.median_us)
+        why = self.unclear(before, after)
+        if not why and slower <= confirmed:
+            why = f"runs of one commit may differ by {confirmed:.2f} us here"
+        if not why:
+            return "slower", ""
+        return ("suspect" if slower > suspect else "noise"), why
 
+    def unclear(self, before: Timing, after: Timing) -> str:
+        """Return why these samples do not tell whether one is slower; "" if they do."""
+        slower = after.median_us - before.median_us
+        margin = self.margin_us(before, after)
+        if slower <= margin:
+            return f"{slower:.2f} us is within the {margin:.2f} us of tick and intervals"
+        return "" if after.q1_us > before.q3_us else "quartiles overlap"
 
-@dataclass(frozen=True)
-class Comparison:
-    """Hold what was found between two runs."""
+    def margin_us(self, before: Timing, after: Timing) -> float:
+        """Return what half a microsecond, the timer's tick and the wider interval leave open."""
+        width = max(timing.ci95_us[1] - timing.ci95_us[0] for timing in (before, after))
+        return max(FLOOR_US, self.tick_us, 3 * width / 4)
 
-    old: Run
-    new: Run
-    compared: int
-    regressions: tuple[Change, ...] = ()
-    improvements: tuple[Change, ...] = ()
-    noise: tuple[Change, ...] = ()
-    cleared: tuple[Change, ...] = ()  # looked slower, and were not when measured again
-    warnings: tuple[Change, ...] = ()  # call time and graph time
-    missing: tuple[Key, ...] = ()
-    new_cases: tuple[Key, ...] = ()
-    sdpa_ratio: float | None = None  # median of new / old time over the SDPA cases
+    def _noise_us(self, us: float) -> tuple[float, float]:
+        return (
+            self.noise.bound_us("device", us, CONFIRMED_WRONG / self.comparisons),
+            self.noise.bound_us("device", us, SUSPECT_WRONG / self.comparisons),
+        )
 
-    @property
-    def different_gpu(self) -> bool:
-        return self.old.gpu != self.new.gpu
+    def pair(self, key: Key) -> tuple[Timing, Timing, Change]:
+        """Return a timing before and after, as the old run's machine would have measured it, and the Change."""
+        before, after = self.old[key], self.machine.corrected(self.new[key])
+        speedups = None
+        partner = self.partner(key) if self.machine.moved else None
+        if partner is not None:
+            # The time that this case would take on the unmoved machine: the speed-up changes as much as this does.
+            sdpa_us = self.old[partner].median_us, self.machine.corrected(self.new[partner]).median_us
+            speedups = (sdpa_us[0] / before.median_us, sdpa_us[1] / after.median_us)
+            after = after.scaled(sdpa_us[0] / sdpa_us[1])
+        slower = after.median_us / before.median_us - 1
+        change = Change(*key, before.median_us, self.new[key].median_us, slower, speedups, family=before.family)
+        return before, after, change
 
-    @property
-    def moved(self) -> bool:
-        return self.sdpa_ratio is not None and abs(self.sdpa_ratio - 1) > MOVED
+    def partner(self, key: Key) -> Key | None:
+        """Return the SDPA timing in both runs that a Triton timing's speed-up is taken over, if there is one."""
+        keys = ((key[0], method) for method in PARTNERS.get(key[1], ()))
+        return next((partner for partner in keys if partner in self.old and partner in self.new), None)
 
-    @property
-    def exit_code(self) -> int:
-        """Return 1 on a regression, a missing case, no case in common or a different GPU, else 0."""
-        return int(bool(self.regressions or self.missing or not self.compared or self.different_gpu))
-
-    def text(self) -> str:
-        """Return the whole result as plain text of printable characters."""
-        lines = [f"nsa_sel: {describe(self.old)} -> {describe(self.new)}"]
-        lines.append(f"{self.compared} timings compared, {len(self.new_cases)} new, {len(self.missing)} missing")
-        lines += self._environment()
-        lines += section("REGRESSIONS", [change.text() for change in self.regressions])
-        lines += section("MISSING", [" ".join(key) for key in self.missing], SHOWN_MISSING)
-        lines += section("improvements", [change.text() for change in self.improvements], SHOWN)
-        lines += section("measured again, not slower", [change.text() for change in self.cleared], SHOWN)
-        lines += section("noise: slower, but not by the rule", [change.text() for change in self.noise], SHOWN)
-        lines += section("warnings: call or graph time", [change.text() for change in self.warnings], SHOWN)
-        lines += section("new, not judged", [" ".join(key) for key in self.new_cases], SHOWN)
-        lines.append(f"verdict: {self._verdict()}")
-        return "\n".join(printable(line) for line in lines)
-
-    def _environment(self) -> list[str]:
-        before, after = self.old.environment, self.new.environment
-        lines = [
-            f"environment changed: {field} {before[field]} -> {after[field]}"
-            for field in IDENTITY
-            if field != "gpu" and before[field] != after[field]
-        ]
-        if self.different_gpu:
-            lines.append(f"DIFFERENT GPU: {self.old.gpu} -> {self.new.gpu}: the times cannot be compared")
-        elif self.moved:
-            lines.append(
-                f"environment shift: the SDPA cases take {self.sdpa_ratio:.3f}x of their old time (median);"
-                " Triton cases with an SDPA partner are judged by their speed-up"
-            )
-        lines += [
-            f"note: {run.name} was interrupted and lacks cases" for run in (self.old, self.new) if run.interrupted
-        ]
-        if self.old.regressions:
-            lines.append(f"note: the old run was saved with {len(self.old.regressions)} confirmed regressions")
-        return lines
-
-    def _verdict(self) -> str:
-        if self.different_gpu:
-            return "FAIL, different GPU"
-        faults = []
-        if not self.compared:
-            faults.append("no case in common")
-        if self.regressions:
-            faults.append(f"{len(self.regressions)} slower")
-        if self.missing:
-            faults.append(f"{len(self.missing)} missing")
-        return f"FAIL, {', '.join(faults)}" if faults else "pass, nothing got slower"
-
-
-def describe(run: Run) -> str:
-    """Return a run's name and date."""
-    return f"{run.name} ({run.datetime[:16]})" if run.datetime else run.name
-
-
-def section(title: str, lines: list[str], shown: int | None = None) -> list[str]:
-    """Return a titled, indented list, cut after `shown` lines; nothing if there are none."""
-    if not lines:
-        return []
-    cut = lines[:shown]
-    more = [f"  ... and {len(lines) - len(cut)} more"] if len(cut) < len(lines) else []
-    return [f"{title} ({len(lines)})", *(f"  {line}" for line in cut), *more]
-
-
-def _not_confirmed(old: Timing, new: Timing, tick_us: float) -> str | None:
-    """Return why `new` is no confirmed slow-down of `old`; "" if it is one, None if it is not slower by 10 %."""
-    slower = new.median_us - old.median_us
-    if slower <= SLOWER * old.median_us:
-        return None
-    width = max(timing.ci95_us[1] - timing.ci95_us[0] for timing in (old, new))
-    margin = max(FLOOR_US, tick_us, 3 * width / 4)
-    if slower <= margin:
-        return f"{slower:.2f} us is within the noise of {margin:.2f} us"
-    return "" if new.q1_us > old.q3_us else "quartiles overlap"
-
-
-def _partner(old: Mapping[Key, Timing], new: Mapping[Key, Timing], key: Key) -> Key | None:
-    """Return the SDPA timing in both runs that a Triton timing's speed-up is taken over, if there is one."""
-    keys = ((key[0], method) for method in PARTNERS.get(key[1], ()))
-    return next((partner for partner in keys if partner in old and partner in new), None)
-
-
-def _judge(
-    old: Mapping[Key, Timing], new: Mapping[Key, Timing], key: Key, tick_us: float, moved: bool
-) -> tuple[str, Change]:
-    """Return the verdict on one timing ("slower", "faster", "noise" or "same") and its Change."""
-    before, after = old[key], new[key]
-    speedups = None
-    partner = _partner(old, new, key) if moved else None
-    if partner is not None:
-        # The time that this case would take on the unmoved machine: the speed-up changes as much as this does.
-        speedups = (old[partner].median_us / before.median_us, new[partner].median_us / after.median_us)
-        after = after.scaled(old[partner].median_us / new[partner].median_us)
-    change = Change(*key, before.median_us, new[key].median_us, after.median_us / before.median_us - 1, speedups)
-    reason = _not_confirmed(before, after, tick_us)
-    if reason is not None:
-        return ("noise", replace(change, note=reason)) if reason else ("slower", change)
-    return ("faster" if _not_confirmed(after, before, tick_us) == "" else "same"), change
-
-
-def _host_warnings(before: Timing, after: Timing) -> list[Change]:
-    """Return the call time and the graph time if they rose by more than 10 % and 2 us."""
-    pairs = (("call time", before.call_us, after.call_us), ("graph time", before.graph_us, after.graph_us))
-    return [
-        Change(*before.key, old, new, new / old - 1, note=what)
-        for what, old, new in pairs
-        if old is not None and new is not None and new - old > max(SLOWER * old, HOST_FLOOR_US)
-    ]
+    def host_warnings(self, before: Timing, after: Timing) -> Iterable[Change]:
+        """Yield the call time and the graph time if they rose by more than 10 %, 2 µs and the noise."""
+        for kind in ("call", "graph"):
+            old, new = time_us(before, kind), time_us(after, kind)
+            if old is None or new is None or new - old <= max(SLOWER * old, HOST_FLOOR_US):
+                continue
+            if new - old > self.noise.bound_us(kind, old, SUSPECT_WRONG / self.comparisons):
+                yield Change(*before.key, old, new, new / old - 1, note=f"{kind} time", family=before.family)
 
 
 def compare(old: Run, new: Run) -> Comparison:
-    """Compare two runs by device time; times of different GPUs are not judged."""
-    common = [key for key in old.timings if key in new.timings]
-    ratios = [new.timings[key].median_us / old.timings[key].median_us for key in common if key[1] in EVERY_SDPA_FORM]
+    """Compare two runs by the kernel's device times; times of different GPUs, or without one, are not judged."""
+    common = [key for key in old.timings if key in new.timings and is_kernel(key[1])]
+    missing, part = _missing(old, new)
     result = Comparison(
         old,
         new,
         len(common),
-        missing=tuple(key for key in old.timings if key not in new.timings),
-        new_cases=tuple(key for key in new.timings if key not in old.timings),
-        sdpa_ratio=statistics.median(ratios) if ratios else None,
+        missing=missing,
+        new_cases=tuple(key for key in new.timings if key not in old.timings and is_kernel(key[1])),
+        part=part,
     )
-    if result.different_gpu:
+    if result.different_gpu or result.references_only:
         return result
-    tick = max(old.tick_us, new.tick_us)
-    found: dict[str, list[Change]] = {"slower": [], "faster": [], "noise": [], "same": []}
+    result = replace(result, machine=explain(old, new))
+    if not result.machine.judged or not common:
+        return result
+    judge = _judge_of(result, new.timings, result.machine)
+    found: dict[str, list[Change]] = {"slower": [], "suspect": [], "faster": [], "noise": [], "same": []}
     warnings: list[Change] = []
+    ratios: dict[tuple[str, str], list[float]] = {}
     for key in common:
-        verdict, change = _judge(old.timings, new.timings, key, tick, result.moved)
-        found[verdict].append(change)
-        warnings += _host_warnings(old.timings[key], new.timings[key])
+        before, after, change = judge.pair(key)
+        grade, why = judge.grade(before, after)
+        if grade == "same" and judge.grade(after, before)[0] == "slower":
+            grade = "faster"
+        found[grade].append(replace(change, note=why))
+        warnings += judge.host_warnings(old.timings[key], new.timings[key])
+        ratios.setdefault((change.family, scope(key[1])), []).append(1 + change.change)
     return replace(
         result,
         regressions=_worst_first(found["slower"]),
+        suspects=_worst_first(found["suspect"]),
         improvements=_worst_first(found["faster"])[::-1],
         noise=_worst_first(found["noise"]),
         warnings=_worst_first(warnings),
+        roll_up=tuple(_rolled_up(*key, values) for key, values in ratios.items()),
+        assumed_noise=judge.noise.gpu if judge.noise.assumed else "",
     )
+
+
+def _missing(old: Run, new: Run) -> tuple[tuple[Key, ...], tuple[int, int] | None]:
+    """Return what the new run was asked for and lacks, and its share of the old run's cases if it is a part of them.
+
+    A run that was saved before runs said what they were asked for is taken for whole if it has all cases of the old.
+    """
+    cases = [{case for case, method in run.timings if is_kernel(method)} for run in (old, new)]
+    shared = len(cases[0] & cases[1])
+    if new.asked is not None:
+        asked = {case for case, method in new.asked if is_kernel(method)}
+        share = len(cases[0] & asked)
+        return new.unmeasured, (share, len(cases[0])) if share < len(cases[0]) else None
+    if shared < len(cases[0]):
+        return (), (shared, len(cases[0]))
+    return tuple(key for key in old.timings if key not in new.timings and is_kernel(key[1])), None
+
+
+def _judge_of(comparison: Comparison, new: Mapping[Key, Timing], machine: Machine) -> _Judge:
+    tick = max(comparison.old.tick_us, comparison.new.tick_us)
+    noise = noise_of(comparison.new.gpu)
+    return _Judge(comparison.old.timings, new, machine, tick, noise, comparison.compared)
+
+
+def _rolled_up(family: str, of_scope: str, ratios: list[float]) -> RollUp:
+    """Return the geomean of positive ratios with the 95 % interval of Student's t over their logarithms."""
+    logs = [math.log(ratio) for ratio in ratios if ratio > 0]
+    mean, interval = statistics.fmean(logs), None
+    if len(logs) >= FEWEST_OF_AN_INTERVAL:
+        half = _t975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+        interval = math.exp(mean - half), math.exp(mean + half)
+    return RollUp(family, of_scope, len(ratios), math.exp(mean), interval)
+
+
+def _t975(freedom: int) -> float:
+    """Return Student's 97.5 % quantile: exact for 2 degrees of freedom, within 1 % from 3 on (Cornish-Fisher)."""
+    if freedom == 2:
+        return 4.303
+    z, n = 1.959964, freedom
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
 def _worst_first(changes: list[Change]) -> tuple[Change, ...]:
@@ -219,33 +182,37 @@ def _worst_first(changes: list[Change]) -> tuple[Change, ...]:
 
 
 def to_measure_again(comparison: Comparison) -> list[Key]:
-    """List the timings to measure again: the alerted ones, and SDPA partners where speed-ups were judged."""
+    """List the timings to measure again: the slower and the suspect, and SDPA partners where speed-ups were judged."""
+    judge = _judge_of(comparison, comparison.new.timings, comparison.machine)
     keys: dict[Key, None] = {}
-    for change in comparison.regressions:
-        keys[change.case, change.method] = None
-        if change.speedups:
-            partner = _partner(comparison.old.timings, comparison.new.timings, (change.case, change.method))
-            if partner is not None:
-                keys[partner] = None
+    for change in (*comparison.regressions, *comparison.suspects):
+        keys[change.key] = None
+        if change.speedups and (partner := judge.partner(change.key)) is not None:
+            keys[partner] = None
     return list(keys)
 
 
-def confirm(comparison: Comparison, fresh: Mapping[Key, Timing]) -> Comparison:
-    """Judge every alert by its fresh timing against the old run; what is not slower again is cleared.
+def confirm(comparison: Comparison, fresh: Mapping[Key, Timing], machine: Machine | None = None) -> Comparison:
+    """Judge every slower and suspect timing by a fresh one: slower than the old run again is confirmed, else cleared.
 
-    An alert without a fresh timing stays a regression.
+    Two looks have then seen it, so that the fresh one need only pass 10 %, half a microsecond, tick and intervals.
+    What has no fresh timing stays what it was. `machine` explains the fresh timings, if another than the new run's.
     """
-    old = comparison.old.timings
-    new = {**comparison.new.timings, **fresh}
-    tick = max(comparison.old.tick_us, comparison.new.tick_us)
-    regressions: list[Change] = []
-    cleared: list[Change] = []
-    for change in comparison.regressions:
-        key = (change.case, change.method)
-        if key not in fresh:
-            regressions.append(replace(change, note="not measured again"))
-            continue
-        verdict, again = _judge(old, new, key, tick, comparison.moved)
-        said = replace(again, new_us=change.new_us, again_us=again.new_us, note="")
-        (regressions if verdict == "slower" else cleared).append(said)
-    return replace(comparison, regressions=_worst_first(regressions), cleared=_worst_first(cleared))
+    judge = _judge_of(comparison, {**comparison.new.timings, **fresh}, machine or comparison.machine)
+    left: dict[str, list[Change]] = {"slower": [], "suspect": [], "cleared": []}
+    for grade, changes in (("slower", comparison.regressions), ("suspect", comparison.suspects)):
+        for change in changes:
+            if change.key not in fresh:
+                left[grade].append(replace(change, note="not measured again"))
+                continue
+            before, after, again = judge.pair(change.key)
+            slower = after.median_us - before.median_us
+            confirmed = slower > max(SLOWER * before.median_us, judge.margin_us(before, after))
+            said = replace(again, new_us=change.new_us, again_us=again.new_us)
+            left["slower" if confirmed else "cleared"].append(said)
+    return replace(
+        comparison,
+        regressions=_worst_first(left["slower"]),
+        suspects=_worst_first(left["suspect"]),
+        cleared=_worst_first(left["cleared"]),
+    )

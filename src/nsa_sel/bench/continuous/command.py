@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..compare.rule import Comparison, compare, confirm, to_measure_again
+from ..compare.result import Comparison
+from ..compare.rule import compare, confirm, to_measure_again
 from ..saved import storage
 from ..saved.run import MARK, RunError, gpu_name, load, read_json
 from ..suite import cases

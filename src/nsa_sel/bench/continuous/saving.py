@@ -36,19 +36,18 @@ def document(
     from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
 
     found = by_key(outcomes)
-    asked: dict[str, list[str]] = {}
-    skipped: dict[str, dict[str, str]] = {}
-    for (case, method), each in found.items():
-        asked.setdefault(case, []).append(method)
-        if (reason := first(each, "not_timed")) and not first(each, "failed"):
-            skipped.setdefault(case, {})[method] = reason
+    not_timed = [
+        {"case": case, "method": method, "reason": reason}
+        for (case, method), each in found.items()
+        if (reason := first(each, "not_timed")) and not first(each, "failed")
+    ]
     return {
         "machine_info": {**machine_info(), **machine},
         "commit_info": dict(tree.commit),
         "benchmarks": [_entry(key, each) for key, each in found.items() if _timed(each)],
         "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "version": pytest_benchmark.__version__,
-        MARK: {**notes, "asked": asked, "skipped": skipped},
+        MARK: {**notes, "asked": [list(key) for key in found], "not_timed": not_timed},
     }
 
 

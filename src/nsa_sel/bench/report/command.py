@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...config import ConfigError, SelConfig
 from ..compare.rule import compare
+from ..saved import storage
 from ..saved.run import RunError, Saved, gpu_name, load
 from ..tables import replace_file
 from ..threshold.rule import Decision, ThresholdError, decide
@@ -29,13 +30,13 @@ def judge(saved: Saved) -> tuple[str, Decision | None]:
     return sentence(decided), decided
 
 
-def write(run: Path, baseline: Path | None, out: Path, config: SelConfig) -> list[Path]:
+def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Path]:
     """Write report.html, results.csv, results.md and the speed-up plot of a run to a folder; return the files.
 
     Raises: RunError or ThresholdError if a run cannot be read or judged; ImportError without the plotting library.
     """
     saved = Saved.load(run)
-    compared = None if baseline is None else compare(load(baseline), saved.run)
+    compared = None if old is None else compare(load(old), saved.run)
     rows = tables.table(saved)
     verdict, decided = judge(saved)
     chosen, source = chosen_length(saved.run.gpu, decided, config)
@@ -79,14 +80,18 @@ def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tupl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel report`: 0, or 2 if a run cannot be read or the plotting library is missing."""
     parser = argparse.ArgumentParser(prog="nsa-sel report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN.json")
     parser.add_argument(
-        "baseline", type=Path, nargs="?", metavar="BASELINE.json", help="say what changed since this run"
+        "runs", nargs="+", metavar="[OLD] NEW", help="files, saved names, prefixes or commits; OLD: what changed since"
     )
+    parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files, made if missing")
     args = parser.parse_args(argv)
+    if len(args.runs) > 2:
+        parser.error("give one run, or OLD and NEW")
+    folder = storage.folder(args.storage)
     try:
-        for path in write(args.run, args.baseline, args.out, SelConfig.load(env={})):
+        *old, new = (storage.find(run, folder) for run in args.runs)
+        for path in write(new, old[0] if old else None, args.out, SelConfig.load(env={})):
             print(path)
     except (RunError, ThresholdError, ConfigError, OSError) as error:
         print(f"nsa-sel report: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..compare.rule import Comparison, describe
+from ..compare.result import Comparison, describe
 from ..saved.run import Saved
 from ..threshold.rule import DECIDING_LAUNCH, NEEDED_SPEEDUP, Decision, Threshold
 from . import tables

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import journal
+from .figures import RunError, calibration, is_figure, is_positive, mapping, short
 
 IDENTITY = ("gpu", "gpu_id", "driver", "torch", "triton")
 MARK = "nsa_sel"  # key at the top of a saved run under which our own notes stand
+NO_COMMIT = ("unversioned", "unknown")  # pytest-benchmark's words for a folder without history
 Key = tuple[str, str]  # case id, method
-
-
-class RunError(ValueError):
-    """Say in one line which saved run cannot be used, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,15 @@ class Timing:
     ci95_us: tuple[float, float]
     call_us: float | None = None
     graph_us: float | None = None
+    bytes: float | None = None  # that any method must move
 
     @property
     def key(self) -> Key:
         return self.case, self.method
+
+    @property
+    def family(self) -> str:
+        return self.case.split("-")[0]
 
     def scaled(self, factor: float) -> Timing:
         """Return the timing with its device statistics multiplied by `factor`."""
@@ -46,6 +48,17 @@ class Timing:
             q1_us=self.q1_us * factor,
             q3_us=self.q3_us * factor,
             ci95_us=(low * factor, high * factor),
+        )
+
+    def shifted(self, us: float) -> Timing:
+        """Return the timing with `us` added to its device statistics."""
+        low, high = self.ci95_us
+        return replace(
+            self,
+            median_us=self.median_us + us,
+            q1_us=self.q1_us + us,
+            q3_us=self.q3_us + us,
+            ci95_us=(low + us, high + us),
         )
 
 
@@ -60,10 +73,26 @@ class Run:
     datetime: str = ""
     regressions: tuple[str, ...] = ()  # found when it was measured; such a run is no baseline unless named
     interrupted: bool = False  # it lacks cases; no baseline unless named either
+    asked: frozenset[Key] | None = None  # what it was to measure; None: it was saved before runs said so
+    skipped: frozenset[Key] = frozenset()  # of these, what could not be measured there, for a saved reason
+    commit: str = ""
+    dirty: bool = False  # measured with uncommitted changes
+    floor_us: float | None = None  # device time of an empty kernel
+    read_limit_us: tuple[tuple[float, float], ...] = ()  # (bytes, µs) by rising size
+    path: str = ""  # the file that it was read from
 
     @property
     def gpu(self) -> str:
         return self.environment["gpu"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu != gpu_name(None)
+
+    @property
+    def unmeasured(self) -> tuple[Key, ...]:
+        """Return what was asked for, was not measured, and has no saved reason for that."""
+        return tuple(sorted((self.asked or frozenset()) - self.timings.keys() - self.skipped))
 
 
 def timing(case: str, method: str, stats: Mapping[str, Any], extra: Mapping[str, Any], run: str) -> Timing:
@@ -74,15 +103,16 @@ def timing(case: str, method: str, stats: Mapping[str, Any], extra: Mapping[str,
 
     def positive(source: Mapping[str, Any], name: str) -> float:
         value = source.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise RunError(
-                f"{run}: {case!r} {method!r}: {name} is {value!r}, expected a positive number; measure it again"
-            )
+        if not is_positive(value):
+            where = f"{run}: {short(case)} {short(method)}: {name}"
+            raise RunError(f"{where} is {short(value)}, expected a positive number; measure it again")
         return float(value)
 
     ci95 = extra.get("ci95_us")
     if not isinstance(ci95, list | tuple) or len(ci95) != 2:
-        raise RunError(f"{run}: {case!r} {method!r}: ci95_us is {ci95!r}, expected a pair; measure it again")
+        raise RunError(
+            f"{run}: {short(case)} {short(method)}: ci95_us is {short(ci95)}, expected a pair; measure it again"
+        )
     low, high = (positive({"ci95_us": bound}, "ci95_us") for bound in ci95)
     return Timing(
         case,
@@ -93,6 +123,7 @@ def timing(case: str, method: str, stats: Mapping[str, Any], extra: Mapping[str,
         ci95_us=(min(low, high), max(low, high)),
         call_us=None if extra.get("call_us") is None else positive(extra, "call_us"),
         graph_us=None if extra.get("graph_us") is None else positive(extra, "graph_us"),
+        bytes=float(size) if is_positive(size := extra.get("bytes")) else None,
     )
 
 
@@ -101,7 +132,7 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
 
     Entries of other suites, which carry neither `case` nor `method`, are left out.
 
-    Raises: RunError if none is left, a case stands twice, or two GPUs are mixed.
+    Raises: RunError if none is left, a case stands twice, two GPUs are mixed, or the timer's tick is absurd.
     """
     timings: dict[Key, Timing] = {}
     identities: list[dict[str, str]] = []
@@ -114,20 +145,22 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
         if case is None and method is None:
             continue
         if not isinstance(case, str) or not isinstance(method, str):
-            raise RunError(f"{name}: case is {case!r} and method is {method!r}, expected two names; measure it again")
+            raise RunError(
+                f"{name}: case is {short(case)} and method is {short(method)}, expected two names; measure it again"
+            )
         if (case, method) in timings:
-            raise RunError(f"{name}: {case!r} {method!r} stands twice; remove one of them or measure it again")
+            raise RunError(
+                f"{name}: {short(case)} {short(method)} stands twice; remove one of them or measure it again"
+            )
         timings[case, method] = timing(case, method, stats, extra, name)
         identities.append({field: str(extra.get(field) or machine_info.get(field) or "none") for field in IDENTITY})
     if not timings:
         raise RunError(f"{name}: no benchmark of this suite in it (none has a case and a method); give another file")
     gpus = sorted({identity["gpu"] for identity in identities})
     if len(gpus) > 1:
-        raise RunError(f"{name}: mixes the GPUs {', '.join(gpus)}; measure each in its own run")
-    calibration = machine_info.get("calibration")
-    tick = calibration.get("tick_us") if isinstance(calibration, Mapping) else None
+        raise RunError(f"{name}: mixes the GPUs {', '.join(map(short, gpus))}; measure each in its own run")
     environment = identities[0] | {"gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
-    return Run(name, timings, environment, float(tick) if isinstance(tick, int | float) else 0.0, **more)
+    return Run(name, timings, environment, **calibration(name, machine_info), **more)
 
 
 def gpu_name(gpu: str | None) -> str:
@@ -147,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     name = short_name(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark at a file's start
         read = journal.parse if path.suffix == journal.SUFFIX else json.loads
         data = read(text) if text.strip() else None
     except OSError as error:
@@ -162,20 +195,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def notes(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved run's date and marks, as keyword arguments of Run."""
-    mark = data.get(MARK)
-    slow = mark.get("regressions") if isinstance(mark, Mapping) else None
+    """Return a saved run's date, commit and marks, as keyword arguments of Run."""
+    mark, commit = mapping(data.get(MARK)), mapping(data.get("commit_info"))
+    slow, asked = mark.get("regressions"), mark.get("asked")
+    identity = str(commit.get("id") or "")
     return {
         "datetime": str(data.get("datetime", "")),
         "regressions": tuple(str(item) for item in slow) if isinstance(slow, list) else (),
-        "interrupted": isinstance(mark, Mapping) and bool(mark.get("interrupted")),
+        "interrupted": bool(mark.get("interrupted")),
+        "asked": _pairs(asked) if isinstance(asked, list) else None,
+        "skipped": frozenset(not_timed(data)),
+        "commit": "" if identity in NO_COMMIT else identity,
+        "dirty": bool(commit.get("dirty")),
     }
+
+
+def _pairs(asked: list[Any]) -> frozenset[Key]:
+    """Return the (case, method) pairs among the items of a list."""
+    pairs = (pair for pair in asked if isinstance(pair, list) and len(pair) == 2)
+    return frozenset((str(case), str(method)) for case, method in pairs)
 
 
 def not_timed(data: Mapping[str, Any]) -> dict[Key, str]:
     """Return why methods of a saved run have no time, by (case, method); entries that do not say so are left out."""
-    mark = data.get(MARK)
-    entries = mark.get("not_timed") if isinstance(mark, Mapping) else None
+    entries = mapping(data.get(MARK)).get("not_timed")
     found: dict[Key, str] = {}
     for entry in entries if isinstance(entries, list) else []:
         match entry:
@@ -192,7 +235,7 @@ def load(path: Path | str) -> Run:
     data = read_json(Path(path))
     machine_info = data.get("machine_info")
     info = machine_info if isinstance(machine_info, Mapping) else {}
-    return from_entries(short_name(path), data["benchmarks"], info, **notes(data))
+    return from_entries(short_name(path), data["benchmarks"], info, **notes(data), path=str(path))
 
 
 @dataclass(frozen=True)
@@ -210,11 +253,10 @@ class Saved:
         """Raises: RunError with one line that names the file and what to do."""
         data = read_json(Path(path))
         machine: dict[str, Any] = data["machine_info"] if isinstance(data.get("machine_info"), dict) else {}
-        commit: dict[str, Any] = data["commit_info"] if isinstance(data.get("commit_info"), dict) else {}
-        run = from_entries(short_name(path), data["benchmarks"], machine, **notes(data))
+        run = from_entries(short_name(path), data["benchmarks"], machine, **notes(data), path=str(path))
         entries = [entry["extra_info"] for entry in data["benchmarks"]]
         extras = {(extra.get("case"), extra.get("method")): extra for extra in entries}
-        return cls(run, extras, machine, str(commit.get("id") or ""), not_timed(data))
+        return cls(run, extras, machine, run.commit, not_timed(data))
 
     def time_us(self, key: Key, kind: str) -> tuple[float, float, float] | None:
         """Return (median, lower, upper 95 % CI end) in µs of a "device", "call" or "graph" time; None: not measured."""
@@ -230,8 +272,3 @@ class Saved:
         if not all(is_figure(bound) and bound > 0 for bound in interval):
             return None
         return median, min(interval), max(interval)
-
-
-def is_figure(value: object) -> bool:
-    """Tell whether a value of a saved run is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..saved.speedups import SDPA_FORMS, TRITON
+from ..saved.speedups import EVERY_SDPA_FORM, SDPA_FORMS, TRITON
 
 BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
 ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
@@ -101,6 +101,11 @@ class Case:
 def scope(method: str) -> str:
     """Return "op" (packing inside the time) or "core" (rows packed beforehand on both sides)."""
     return "core" if method in CORE_METHODS else "op"
+
+
+def is_kernel(method: str) -> bool:
+    """Tell whether a method is what a commit may change: neither a form of SDPA nor another project's kernel."""
+    return method not in EVERY_SDPA_FORM and method not in PEER_METHODS
 
 
 def ragged_lengths(case: Case) -> list[int]:
