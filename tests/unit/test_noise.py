@@ -15,6 +15,7 @@ from nsa_sel.bench.compare import noise, rule
 from nsa_sel.bench.compare.noise import CONFIRMED_WRONG, SUSPECT_WRONG, noise_of
 from nsa_sel.bench.compare.result import RollUp
 from nsa_sel.bench.compare.rule import compare
+from nsa_sel.bench.compare.yardstick import Machine
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import is_kernel
@@ -257,6 +258,23 @@ def test_a_large_shift_of_short_calls_is_a_moved_machine_whatever_the_long_ones_
     assert "environment shift: the SDPA cases take 1.000x" in result.text()
 
 
+@pytest.mark.parametrize(("sdpa_us", "shift"), [(19.9, 0.25), (20.0, 0.0), (20.5, 0.0), (30.0, 0.0)])
+def test_sdpa_timings_from_20_us_on_say_nothing_of_the_launch_floor(known_noise, sdpa_us, shift):
+    old, new = (as_exact([us] * 20, method="sdpa_core") for us in (sdpa_us, sdpa_us + 0.25))
+    assert compare(old, new).machine.shift_us == pytest.approx(shift)
+
+
+def as_exact(times, method="triton"):
+    """Return a run of timings that are exactly these µs, as no file of seconds holds them."""
+    timings = [runs.Timing(f"rows-{number}", method, us, us, us, (us, us)) for number, us in enumerate(times)]
+    return dataclasses.replace(as_run([entry("a", method, 1)]), timings={timing.key: timing for timing in timings})
+
+
+def test_a_microsecond_exactly_is_a_launch_floor():
+    machine = Machine(shift_us=1.0)
+    assert (machine.taken_off_us, machine.moved) == (1.0, False)
+
+
 # ---- Another card
 
 
@@ -271,7 +289,13 @@ def on_card(gpu_id, us, calibration, size=1e8):
     )
 
 
-@pytest.mark.parametrize("calibrations", [(None, None), (CALIBRATION, None), (None, CALIBRATION)])
+HALVES = [{key: CALIBRATION[key]} for key in CALIBRATION]
+
+
+@pytest.mark.parametrize(
+    "calibrations",
+    [(None, None), (CALIBRATION, None), (None, CALIBRATION), *((CALIBRATION, half) for half in HALVES)],
+)
 def test_another_card_without_calibration_is_not_judged(known_noise, calibrations):
     result = compare(on_card("a", 30, calibrations[0]), on_card("b", 60, calibrations[1]))
     assert result.exit_code == 0 and not result.regressions
@@ -293,6 +317,17 @@ def test_another_card_is_judged_by_what_its_calibration_explains(known_noise):
         on_card("a", 5.0, CALIBRATION, size=None), on_card("b", 6.8, SLOW_CARD, size=None)
     )  # bytes unknown: the floor alone
     assert floor_only.roll_up[0].ratio == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("old_limit_us", "new_limit_us", "factor"),
+    [(3.0, 4.0, 0.5), (3.0, 1.5, 1), (3.0, 2.0, 1), (2.0, 4.0, 1), (1.5, 4.0, 1)],
+)
+def test_a_read_limit_below_the_launch_floor_does_not_scale(old_limit_us, new_limit_us, factor):
+    run = dataclasses.replace(as_run([entry("a", "triton", 9)]), floor_us=2.0)
+    old, new = (dataclasses.replace(run, read_limit_us=[[1e6, us], [1e8, us]]) for us in (old_limit_us, new_limit_us))
+    timing = runs.Timing("a", "triton", 10.0, 9.0, 11.0, (9.5, 10.5), bytes=1e7)
+    assert Machine(cards=(old, new)).corrected(timing).median_us == 2 + 8 * factor
 
 
 # ---- The roll-up
@@ -331,9 +366,56 @@ def test_the_interval_is_students(known_noise):
     assert compare(as_timings([20.0, 20.0]), as_timings([20.0, 20.0])).roll_up[0].interval is None
     for freedom, quantile in ((3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (503, 1.965)):
         assert rule._t975(freedom) == pytest.approx(quantile, rel=0.01)
+        # The expansion's published coefficients at the normal quantile: Abramowitz and Stegun, 26.7.5.
+        expansion = 1.95996 + 2.37227 / freedom + 2.82250 / freedom**2 + 2.55585 / freedom**3
+        assert rule._t975(freedom) == pytest.approx(expansion, rel=1e-5)
+
+
+def test_four_cases_have_three_degrees_of_freedom(known_noise):
+    old = as_timings([20.0] * 4)
+    (part,) = compare(old, as_timings([20 * math.exp(x) for x in (0.01, 0.01, 0.03, 0.03)])).roll_up
+    half = 3.182 * math.sqrt(4e-4 / 3) / math.sqrt(4)
+    assert math.log(part.interval[1]) - 0.02 == pytest.approx(half, rel=0.01)
+
+
+def test_a_time_that_the_launch_floor_leaves_nothing_of_is_no_part_of_the_roll_up(known_noise):
+    old, new = with_sdpa([0.5, 0.5, 8.0], 10.0), with_sdpa([0.5, 0.25, 9.0], 10.5)  # 0, less than nothing, and 8.5 us
+    (part,) = compare(old, new).roll_up
+    assert (part.cases, part.ratio) == (1, pytest.approx(8.5 / 8))
+    assert compare(with_sdpa([0.5], 10.0), with_sdpa([0.25], 10.5)).roll_up == ()
 
 
 # ---- The table is made from runs
+
+
+def test_a_bin_holds_200_differences_from_its_start_to_below_its_end():
+    starts = (0.5, 5, 6, 8, 10, 15, 20, 40, 80, 200)
+    differences = [(us, number / 100) for us in starts for number in range(1, 201)]
+    *bins, last = noise._bins(differences)
+    assert bins == [[end, 1.8, 1.98, 200] for end in starts[1:]]
+    assert last == [None, pytest.approx(1.8 / 200, abs=1e-4), pytest.approx(1.98 / 200, abs=1e-4), 200]
+    just_below = noise._bins([(math.nextafter(end, 0), 1.0) for end in starts[1:] for _ in range(200)])
+    assert [count for *_, count in just_below] == [200] * 9 + [0]
+
+
+def test_fewer_differences_join_the_next_bin_and_at_last_the_shares_of_the_time():
+    joined, last = noise._bins([(4, 1.0)] * 199 + [(5, 1.0), (7, 3.5)])
+    assert joined == [6, 1.0, 1.0, 200] and last == [None, 0.5, 0.5, 1]
+    assert noise._bins([(0.5, 1.0)]) == [[None, 2.0, 2.0, 1]]
+
+
+def test_a_difference_is_a_share_of_the_time_before_and_without_the_launch_floor():
+    def measured(kernel_us, sdpa_us):
+        sdpa = [entry(f"rows-{number}", "sdpa_core", sdpa_us) for number in range(20)]
+        return as_run([*sdpa, entry("rows-a", "triton", kernel_us, call_us=kernel_us, graph_us=kernel_us)])
+
+    (table,) = noise.measure([measured(10, 10), measured(11.5, 10.5)]).values()
+    assert table["device"] == [[None, pytest.approx(1 / 10, abs=1e-4), pytest.approx(1 / 10, abs=1e-4), 2]]
+
+
+def test_a_cards_noise_cannot_be_changed(known_noise):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        noise_of(GPU).assumed = True
 
 
 def files_of(tmp_path, count=3, shift=0.05, floor=0.0):

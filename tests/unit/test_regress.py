@@ -415,6 +415,8 @@ def test_a_run_that_says_nothing_of_what_it_was_asked_for_is_whole_if_it_has_eve
     assert (lacks_a_method.missing, lacks_a_method.exit_code) == ((("a", "triton_core"),), 1)
     lacks_a_case = rule.compare(old, as_run([entry("a", "triton", 9)]))
     assert (lacks_a_case.missing, lacks_a_case.exit_code, lacks_a_case.part) == ((), 0, (1, 2))
+    others_too = rule.compare(old, as_run([entry(case, "triton", 9) for case in "acd"]))
+    assert (others_too.missing, others_too.exit_code, others_too.part) == ((), 0, (1, 2))
 
 
 @pytest.mark.parametrize("method", [*sorted(EVERY_SDPA_FORM), "dense", "flex_attention"])

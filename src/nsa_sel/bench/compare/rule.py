@@ -123,7 +123,8 @@ def compare(old: Run, new: Run) -> Comparison:
             grade = "faster"
         found[grade].append(replace(change, note=why))
         warnings += judge.host_warnings(old.timings[key], new.timings[key])
-        ratios.setdefault((change.family, scope(key[1])), []).append(1 + change.change)
+        if change.change > -1:  # else the launch floor is longer than the timing, of which no logarithm can be taken
+            ratios.setdefault((change.family, scope(key[1])), []).append(1 + change.change)
     return replace(
         result,
         regressions=_worst_first(found["slower"]),
@@ -160,7 +161,7 @@ def _judge_of(comparison: Comparison, new: Mapping[Key, Timing], machine: Machin
 
 def _rolled_up(family: str, of_scope: str, ratios: list[float]) -> RollUp:
     """Return the geomean of positive ratios with the 95 % interval of Student's t over their logarithms."""
-    logs = [math.log(ratio) for ratio in ratios if ratio > 0]
+    logs = [math.log(ratio) for ratio in ratios]
     mean, interval = statistics.fmean(logs), None
     if len(logs) >= FEWEST_OF_AN_INTERVAL:
         half = _t975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
