@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def toggles(tmp_path, monkeypatch):
-    """Make a YAML file the only source of toggles."""
+    """Make a YAML file the only source of toggles, and let no later test find them read."""
+    monkeypatch.setattr("nsa_sel.config._cached", None)
     for variable in [name for name in os.environ if name.startswith("NSA_")]:
         monkeypatch.delenv(variable)
 
