@@ -195,11 +195,12 @@ class Card:
     def __init__(self):
         self.cases = [f"rows-bf16-H8-D128-Dv128-L{64 * i}-N64-few" for i in range(1, 9)]
         self.machine, self.slower, self.answers = dict(CARD), {}, {}
+        self.shortest_us, self.step_us, self.floor_us = 40, 10, {}  # floor_us: what every call of a tree takes longer, by tree
         self.log: list[tuple] = []
         self.on_measure = lambda tree, case, method: None
 
     def us(self, case, method):
-        return 40 + 10 * self.cases.index(case) + {"triton": 5, "triton_core": 3, "sdpa_core": 9}[method]
+        return self.shortest_us + self.step_us * self.cases.index(case) + {"triton": 5, "triton_core": 3, "sdpa_core": 9}[method]
 
     def start(self, tree, suite, choice):
         return StandIn(self, tree)
@@ -248,7 +249,7 @@ class StandIn:
             return dict(answer)
         if card.machine["gpu"] is None and method != "sdpa_core":
             return {"not_timed": "no GPU"}
-        us = card.us(case, method) * card.slower.get((name, method), 1.0)
+        us = card.us(case, method) * card.slower.get((name, method), 1.0) + card.floor_us.get(name, 0.0)
         samples = [us * (1 + self.noise.uniform(-0.004, 0.004)) * 1e-6 for _ in range(50)]
         extra = {"case": case, "method": method, "family": "rows", "bytes": 1e6, "ci95_us": [us * 0.999, us * 1.001]}
         return {"samples": samples, "extra": {**extra, **card.machine, "call_us": 2 * us, "graph_us": None}}
@@ -424,6 +425,22 @@ def test_an_alert_that_is_not_slower_again_is_cleared(card, repository, capsys):
     assert main(repository) == 0
     assert "measured again, not slower (8)" in capsys.readouterr().out
     assert not runs.load(saved(repository)[1]).regressions
+
+
+def test_the_launch_floor_of_the_first_look_is_not_taken_off_the_second(card, repository, capsys):
+    a, b = names(repository)
+    card.cases = [f"rows-bf16-H8-D128-Dv128-L{16 * i}-N64-few" for i in range(1, 25)]
+    card.shortest_us, card.step_us = 6, 0.05
+    card.floor_us[b], card.slower[b, "triton"] = 0.9, 1.16
+
+    def another_floor(tree, case, method):
+        if len(card.turns()) > 4:
+            card.floor_us.clear()
+
+    card.on_measure = another_floor
+    assert main(repository) == 1
+    out = capsys.readouterr().out
+    assert "launch floor: every call takes 0.90 us longer" in out and "verdict: FAIL, 24 slower" in out
 
 
 def test_what_slows_both_processes_of_the_second_look_down_confirms_nothing(card, repository):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..compare.result import Comparison
 from ..compare.rule import compare, confirm, to_measure_again
+from ..compare.yardstick import Machine
 from ..saved import storage
 from ..saved.run import MARK, RunError, gpu_name, load, read_json
 from ..suite import cases
@@ -122,7 +123,8 @@ def _judged(course: Course, base: Path, head: Path) -> Comparison:
     old = load(base)
     comparison = compare(old, load(head))
     if comparison.compared and (keys := to_measure_again(comparison)):
-        comparison = confirm(comparison, saving.fresh(course.again(keys), old.timings))
+        # `fresh` relates the second look to BASE's own: nothing of the machine is left to explain.
+        comparison = confirm(comparison, saving.fresh(course.again(keys), old.timings), Machine())
     if comparison.regressions:
         run = read_json(head)
         slower = [f"{change.case} {change.method}" for change in comparison.regressions]
