@@ -68,8 +68,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, b
 
 def _compiled(session: pytest.Session, progress: Progress) -> str:
     asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
-    families = ",".join((*cases.FAMILIES, cases.PEERS))
-    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
+    known = cases.by_id()
     try:
         from nsa_sel.bench import precompile
 

@@ -195,12 +195,20 @@ class Card:
     def __init__(self):
         self.cases = [f"rows-bf16-H8-D128-Dv128-L{64 * i}-N64-few" for i in range(1, 9)]
         self.machine, self.slower, self.answers = dict(CARD), {}, {}
-        self.shortest_us, self.step_us, self.floor_us = 40, 10, {}  # floor_us: what every call of a tree takes longer, by tree
+        self.shortest_us, self.step_us, self.floor_us = (
+            40,
+            10,
+            {},
+        )  # floor_us: what every call of a tree takes longer, by tree
         self.log: list[tuple] = []
         self.on_measure = lambda tree, case, method: None
 
     def us(self, case, method):
-        return self.shortest_us + self.step_us * self.cases.index(case) + {"triton": 5, "triton_core": 3, "sdpa_core": 9}[method]
+        return (
+            self.shortest_us
+            + self.step_us * self.cases.index(case)
+            + {"triton": 5, "triton_core": 3, "sdpa_core": 9}[method]
+        )
 
     def start(self, tree, suite, choice):
         return StandIn(self, tree)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .methods import contender
 from .methods.contender import CaseState, NotTimed, Prepared, WrongResult
 from .methods.prepare import Kernel, prepare
+from .saved.figures import statistics_of
 from .suite import cases
 from .suite.cases import PEER_METHODS, Case
 from .suite.inputs import memory_estimate
@@ -223,10 +224,5 @@ def _identity(case: Case, method: str) -> dict[str, Any]:
 
 
 def _quartiles(samples: Sequence[float]) -> dict[str, float]:
-    """Return what pytest-benchmark's statistics would say."""
-    from pytest_benchmark.stats import Stats
-
-    stats = Stats()
-    for sample in samples:
-        stats.update(sample)
+    stats = statistics_of(samples)
     return {"median": stats.median, "q1": stats.q1, "q3": stats.q3}

@@ -19,9 +19,8 @@ except ImportError:  # Triton before 3.4: no descriptors made on the host, hence
     TensorDescriptor = None
 
 INTERPRETED = tiles.INTERPRETED.value
-GRAPH_COUNTERS = (
-    1 << 18
-)  # zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call takes its own
+# Zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call whose rows are split takes its own.
+GRAPH_COUNTERS = 1 << 18
 
 _gpus: dict[torch.device, Gpu] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}

@@ -18,10 +18,8 @@ from .merge import merge_by_cluster, merge_by_last, store_part, store_row
 from .tiles import attend, load_q, load_spans
 
 # Tensors stand first in the signature: the direct launch passes their addresses, and everything else as it was.
-TENSOR_ARGS = [f"{name}_ptr" for name in ("q", "k", "v", "ranges", "out", "lse", "part", "count")] + [
-    "k_desc",
-    "v_desc",
-]
+POINTERS = ("q", "k", "v", "ranges", "out", "lse", "part", "count")
+TENSOR_ARGS = [*(f"{name}_ptr" for name in POINTERS), "k_desc", "v_desc"]
 SIZE_ARGS = ["S", "G", "S_kv", "n_spans", "splits"]
 STRIDE_ARGS = [
     f"stride_{tensor}{axis}"

@@ -73,13 +73,17 @@ class LaunchConfig:
             return 16, 2 if self.num_warps == 1 else 1
         return self.block_l, 1 if self.load == "tma" else 2
 
+    def chunks(self, D: int, Dv: int) -> int:
+        """Return into how many column chunks the wider cut of D and Dv falls; the kernel holds up to MAX_CHUNKS."""
+        return max(-(-D // self.block_d), -(-Dv // self.block_dv))
+
     def problem(self, D: int, Dv: int) -> str | None:
         """Say what is expected in place of a launch that would compute these widths wrongly, or not at all."""
         if self.load not in LOADS:
             return f"a load of {', '.join(LOADS)}"
         if any(n < 16 or n & (n - 1) for n in (self.block_l, self.block_d, self.block_dv)):
             return "tiles and chunks that are powers of two from 16 on"
-        if max(-(-D // self.block_d), -(-Dv // self.block_dv)) > MAX_CHUNKS:
+        if self.chunks(D, Dv) > MAX_CHUNKS:
             return f"at most {MAX_CHUNKS} column chunks of D={D} and of Dv={Dv}"
         if self.num_warps not in (1, 2, 4, 8, 16, 32) or self.num_stages < 1 or self.max_registers < 0:
             return "num_warps that is a power of two up to 32, a stage or more, and a limit on registers or 0"

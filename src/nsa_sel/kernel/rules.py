@@ -26,9 +26,8 @@ def choose(call: Call, gpu: Gpu) -> LaunchConfig:
         chosen = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, splits, registers, cluster)
         return _fit(chosen, call, gpu.shared_bytes)
 
-    tiles = (
-        "tma" if has_tma and call.element_bytes == 2 else "whole"
-    )  # fp32 tiles by TMA pass through shared memory twice
+    # Tiles of fp32 that come by TMA would pass through shared memory twice.
+    tiles = "tma" if has_tma and call.element_bytes == 2 else "whole"
     if n_spans > 64:  # a program holds all its row's spans in registers
         load, block_l, num_stages = ("gather", 16, 2) if mean_span < 64 else (tiles, 64, 3)
         num_warps = 8 if n_spans > 256 else 4

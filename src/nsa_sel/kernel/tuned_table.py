@@ -121,7 +121,8 @@ def lookup(call: Call, gpu: Gpu) -> LaunchConfig | None:
     one_span_of_many_lengths = call.n_spans == 1 and not call.one_length
     if min(call.N, call.n_spans, call.max_len) < 1 or one_span_of_many_lengths or _ignored.get():
         return None
-    entry = (_entries(gpu.name) or {}).get(Key.of(call, gpu))
+    entries = _entries(gpu.name)
+    entry = entries.get(Key.of(call, gpu)) if entries else None
     if entry is None:
         return None
     has_tma = gpu.has_tma and call.fits_tma

@@ -132,8 +132,7 @@ def _fresh(keys: list[Key]) -> tuple[dict[Key, Timing], float | None]:
     """Return fresh timings of those that can be measured, and this process's launch floor in µs."""
     from ..session import Session
 
-    families = ",".join((*cases.FAMILIES, cases.PEERS))
-    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype, families)}
+    known = cases.by_id()
     session = Session()
     found = {}
     for case, method in sorted(keys):

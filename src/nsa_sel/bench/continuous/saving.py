@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..saved.figures import statistics_of
 from ..saved.run import MARK, Key, Timing, gpu_name, timing
 from ..saved.speedups import EVERY_SDPA_FORM
 from ..saved.storage import slug
@@ -91,12 +92,7 @@ def _entry(key: Key, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _statistics(samples: Sequence[float]) -> dict[str, Any]:
-    from pytest_benchmark.stats import Stats
-
-    stats = Stats()
-    for sample in samples:
-        stats.update(sample)
-    return {**stats.as_dict(), "iterations": 1}
+    return {**statistics_of(samples).as_dict(), "iterations": 1}
 
 
 def _median(values: Sequence[Any]) -> Any:

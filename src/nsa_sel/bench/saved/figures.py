@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 SMALLEST, LARGEST = 1e-12, 1e12  # a time in seconds or µs beyond these was never measured
@@ -58,3 +58,13 @@ def calibration(name: str, machine_info: Mapping[str, Any]) -> dict[str, Any]:
         "floor_us": float(floor) if is_positive(floor) else None,
         "read_limit_us": tuple(sorted(known)),
     }
+
+
+def statistics_of(samples: Iterable[float]) -> Any:
+    """Return pytest-benchmark's statistics of samples in seconds, as a saved run has them."""
+    from pytest_benchmark.stats import Stats
+
+    stats = Stats()
+    for sample in samples:
+        stats.update(sample)
+    return stats

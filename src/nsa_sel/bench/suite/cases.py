@@ -139,6 +139,12 @@ def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Ca
     return list(chosen.values())
 
 
+def by_id() -> dict[str, Case]:
+    """Return every case of the full matrix in each dtype, peers' included, by its id."""
+    families = ",".join((*FAMILIES, PEERS))
+    return {case.id: case for dtype in DTYPES for case in matrix("full", dtype, families)}
+
+
 def rows_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, N: int) -> Case:
     """Return a case whose N rows own K and V of 2048 tokens (2·L where a row selects more than half of that).
 

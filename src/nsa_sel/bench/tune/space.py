@@ -129,9 +129,7 @@ def _idle(launch: LaunchConfig, case: Case, gpu: Gpu) -> bool:
 Rule = Callable[[LaunchConfig, Case, Gpu], bool]
 # The first that applies is the one that is counted.
 RULES: dict[str, Rule] = {
-    f"more than {MAX_CHUNKS} chunks of D or Dv": lambda c, case, gpu: (
-        max(-(-case.D // c.block_d), -(-case.Dv // c.block_dv)) > MAX_CHUNKS
-    ),
+    f"more than {MAX_CHUNKS} chunks of D or Dv": lambda c, case, gpu: c.chunks(case.D, case.Dv) > MAX_CHUNKS,
     "chunks at least twice as wide as D or Dv": lambda c, case, gpu: (
         c.block_d >= 2 * case.D or c.block_dv >= 2 * case.Dv
     ),
