@@ -160,7 +160,7 @@ def save_entries(folder: Path, name: str, entries: list[dict[str, Any]], when: s
 
 def use_noise(monkeypatch: Any, folder: Path, device: dict[str, list], host: list | None = None) -> None:
     """Let `noise` be the table of the cards: device bins by GPU, and bins of call and graph times."""
-    host = host or [[None, 0, 0, 1]]
+    host = host or [[None, 0, 0, 0, 1]]
     path = folder / f"noise-{len(list(folder.iterdir()))}.json"
     path.write_text(json.dumps({gpu: {"device": bins, "call": host, "graph": host} for gpu, bins in device.items()}))
     monkeypatch.setattr(noise, "TABLE", path)

@@ -22,7 +22,7 @@ H200 = "Linux-NVIDIA-H200"
 @pytest.fixture(autouse=True)
 def silent_card(monkeypatch, tmp_path_factory):
     """Let the card be without noise."""
-    use_noise(monkeypatch, tmp_path_factory.mktemp("noise"), {"NVIDIA H200": [[None, 0, 0, 1]]})
+    use_noise(monkeypatch, tmp_path_factory.mktemp("noise"), {"NVIDIA H200": [[None, 0, 0, 0, 1]]})
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def perf(pytester, monkeypatch, tmp_path_factory):
     """Return a function that runs a small suite with the given times (us), and times of a second measurement."""
     monkeypatch.setattr(hooks, "remeasure", {})
     monkeypatch.setattr(hooks, "skipped", {})
-    use_noise(monkeypatch, tmp_path_factory.mktemp("noise"), {"NVIDIA H200": [[None, 0, 0, 1]]})
+    use_noise(monkeypatch, tmp_path_factory.mktemp("noise"), {"NVIDIA H200": [[None, 0, 0, 0, 1]]})
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)  # asks the CPU in a subprocess
     monkeypatch.setattr(hooks, "environment", lambda: {"gpu": "NVIDIA H200", "calibration": {"tick_us": 0.5}})
     pytester.makeconftest(CONFTEST)

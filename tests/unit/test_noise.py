@@ -23,7 +23,7 @@ from nsa_sel.bench.suite.cases import is_kernel
 ROOT = Path(__file__).parents[2]
 BASELINES = sorted((ROOT / ".benchmarks").glob("*-NVIDIA-H200/*_baseline.json"))
 GPU = "NVIDIA H200"
-BINS = [[10, 0.2, 0.4, 500], [100, 1.0, 2.0, 500], [None, 0.01, 0.02, 500]]
+BINS = [[10, 0.2, 0.4, 0.05, 500], [100, 1.0, 2.0, 0.08, 500], [None, 0.01, 0.02, 0.03, 500]]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_the_bound_is_exponential_through_the_90th_and_99th_percentile(known_noi
 
 
 def test_a_bound_is_never_below_nothing(monkeypatch, tmp_path):
-    use_noise(monkeypatch, tmp_path, {GPU: [[None, 0.1, 0.4, 1]]})
+    use_noise(monkeypatch, tmp_path, {GPU: [[None, 0.1, 0.4, 0.4, 1]]})
     assert noise_of(GPU).bound_us("device", 1, 1.0) == 0
 
 
@@ -130,17 +130,23 @@ def test_beyond_the_noise_of_so_many_comparisons_is_suspect_and_far_beyond_confi
 
 
 def test_exactly_at_the_noise_is_within_it(monkeypatch, tmp_path):
-    use_noise(monkeypatch, tmp_path, {GPU: [[1000, 4.0, 4.0, 1], [None, 0, 0, 1]]})
+    use_noise(monkeypatch, tmp_path, {GPU: [[1000, 4.0, 4.0, 0, 1], [None, 0, 0, 0, 1]]})
     assert grade(24.0, old_us=20.0) == ["noise"]
     assert grade(24.01, old_us=20.0) == ["regressions"]
 
 
 @pytest.mark.parametrize("kind", ["call_us", "graph_us"])
 def test_a_call_or_graph_time_within_its_noise_does_not_warn(monkeypatch, tmp_path, kind):
-    use_noise(monkeypatch, tmp_path, {GPU: [[None, 0, 0, 1]]}, host=[[1000, 5.0, 5.0, 1], [None, 0, 0, 1]])
+    use_noise(monkeypatch, tmp_path, {GPU: [[None, 0, 0, 0, 1]]}, host=[[1000, 5.0, 5.0, 0, 1], [None, 0, 0, 0, 1]])
     old = as_run([entry("a", "triton", 20, **{kind: 20})])
     for us, warned in ((24.9, 0), (25.1, 1)):
         assert len(compare(old, as_run([entry("a", "triton", 20, **{kind: us})])).warnings) == warned
+
+
+def test_what_runs_of_one_commit_once_differed_by_is_suspect_whatever_the_percentiles_say(monkeypatch, tmp_path):
+    use_noise(monkeypatch, tmp_path, {GPU: [[None, 0.01, 0.02, 0.12, 500]]})
+    assert noise_of(GPU).worst_us("device", 20) == pytest.approx(1.25 * 0.12 * 20)
+    assert grade(22.9) == ["suspects"] and grade(23.1) == ["regressions"]
 
 
 def test_the_more_comparisons_the_more_is_noise(known_noise):
@@ -154,7 +160,7 @@ def test_the_more_comparisons_the_more_is_noise(known_noise):
 
 def draw(random_state, us):
     """Return a difference of two runs of one commit, drawn from BINS: of either sign, with an exponential tail."""
-    p90, p99 = next((p90, p99) for end, p90, p99, _ in BINS if end is None or us < end)
+    p90, p99 = next((p90, p99) for end, p90, p99, *_ in BINS if end is None or us < end)
     scale = (p99 - p90) / math.log(10)
     size = p90 + scale * math.log(0.1 / random_state.random())
     size = size * us if us >= BINS[-2][0] else size
@@ -392,16 +398,17 @@ def test_a_bin_holds_200_differences_from_its_start_to_below_its_end():
     starts = (0.5, 5, 6, 8, 10, 15, 20, 40, 80, 200)
     differences = [(us, number / 100) for us in starts for number in range(1, 201)]
     *bins, last = noise._bins(differences)
-    assert bins == [[end, 1.8, 1.98, 200] for end in starts[1:]]
-    assert last == [None, pytest.approx(1.8 / 200, abs=1e-4), pytest.approx(1.98 / 200, abs=1e-4), 200]
+    shares = [pytest.approx(2 / us, abs=1e-4) for us in starts]
+    assert bins == [[end, 1.8, 1.98, worst, 200] for end, worst in zip(starts[1:], shares[:-1], strict=True)]
+    assert last == [None, pytest.approx(1.8 / 200, abs=1e-4), pytest.approx(1.98 / 200, abs=1e-4), shares[-1], 200]
     just_below = noise._bins([(math.nextafter(end, 0), 1.0) for end in starts[1:] for _ in range(200)])
     assert [count for *_, count in just_below] == [200] * 9 + [0]
 
 
 def test_fewer_differences_join_the_next_bin_and_at_last_the_shares_of_the_time():
     joined, last = noise._bins([(4, 1.0)] * 199 + [(5, 1.0), (7, 3.5)])
-    assert joined == [6, 1.0, 1.0, 200] and last == [None, 0.5, 0.5, 1]
-    assert noise._bins([(0.5, 1.0)]) == [[None, 2.0, 2.0, 1]]
+    assert joined == [6, 1.0, 1.0, 0.25, 200] and last == [None, 0.5, 0.5, 0.5, 1]
+    assert noise._bins([(0.5, 1.0)]) == [[None, 2.0, 2.0, 2.0, 1]]
 
 
 def test_a_difference_is_a_share_of_the_time_before_and_without_the_launch_floor():
@@ -410,7 +417,8 @@ def test_a_difference_is_a_share_of_the_time_before_and_without_the_launch_floor
         return as_run([*sdpa, entry("rows-a", "triton", kernel_us, call_us=kernel_us, graph_us=kernel_us)])
 
     (table,) = noise.measure([measured(10, 10), measured(11.5, 10.5)]).values()
-    assert table["device"] == [[None, pytest.approx(1 / 10, abs=1e-4), pytest.approx(1 / 10, abs=1e-4), 2]]
+    tenth = pytest.approx(1 / 10, abs=1e-4)
+    assert table["device"] == [[None, tenth, tenth, tenth, 2]]
 
 
 def test_a_cards_noise_cannot_be_changed(known_noise):
@@ -446,7 +454,7 @@ def test_the_command_writes_what_runs_of_one_commit_differ_by(tmp_path, capsys):
     for kind, step in (("device", 0.05), ("call", 0.1), ("graph", 0)):
         *bins, last = made[kind]
         assert bins and [end for end, *_ in bins] == sorted(end for end, *_ in bins) and last[0] is None
-        for _, p90, p99, count in bins:  # of six ordered pairs two differ by two steps
+        for _, p90, p99, _, count in bins:  # of six ordered pairs two differ by two steps
             assert count >= noise.FEWEST
             assert (p90, p99) == (pytest.approx(2 * step, abs=1e-3), pytest.approx(2 * step, abs=1e-3))
         assert sum(count for *_, count in made[kind]) >= 6 * timings
@@ -457,7 +465,7 @@ def test_the_launch_floor_is_no_noise(tmp_path):
     paths = files_of(tmp_path, shift=0.0, floor=0.3)
     assert instrument.main(["--noise", str(tmp_path / "table.json"), *map(str, paths)]) == 0
     *bins, _ = json.loads((tmp_path / "table.json").read_text())[saved_runs.GPU]["device"]
-    assert bins and all(p99 < 0.001 for _, _, p99, _ in bins)
+    assert bins and all(p99 < 0.001 for _, _, p99, *_ in bins)
 
 
 def test_runs_whose_noise_is_in_the_table_do_not_fail(tmp_path, monkeypatch):

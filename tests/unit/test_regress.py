@@ -19,7 +19,7 @@ CASE = "rows-bf16-H8-D128-Dv128-L512-N1024-many"
 @pytest.fixture(autouse=True)
 def silent_cards(monkeypatch, tmp_path):
     """Let every card of these tests be without noise: the rule alone is tested, test_noise.py has the noise."""
-    use_noise(monkeypatch, tmp_path, dict.fromkeys(("NVIDIA H200", "same"), [[None, 0, 0, 1]]))
+    use_noise(monkeypatch, tmp_path, dict.fromkeys(("NVIDIA H200", "same"), [[None, 0, 0, 0, 1]]))
 
 
 def compare_one(old_us, new_us, old=None, new=None):
@@ -287,7 +287,7 @@ def test_twelve_per_cent_everywhere_is_a_line_per_family_and_ten_cases():
 
 
 def test_noise_is_counted_and_not_listed(monkeypatch, tmp_path):
-    use_noise(monkeypatch, tmp_path, {"same": [[None, 0.5, 0.5, 1]]})
+    use_noise(monkeypatch, tmp_path, {"same": [[None, 0.5, 0.5, 0, 1]]})
     result = compare_timings([at(20), at(20, case="b")], [at(25), at(20, case="b")])
     assert verdict(result) == {"noise": 1} and result.exit_code == 0
     assert CASE not in result.text()

@@ -112,9 +112,9 @@ def _write_noise(path: Path, same_commit: Sequence[Run]) -> None:
 
 
 def _bin(entry: Sequence[float | None]) -> str:
-    up_to, p90, p99, count = entry
+    up_to, p90, p99, worst, count = entry
     ranks = f"p90 {p90}, p99 {p99} us" if up_to else f"p90 {p90:.2%}, p99 {p99:.2%}"
-    return f"{'longer' if up_to is None else f'to {up_to:g} us'}: {ranks} of {count}"
+    return f"{'longer' if up_to is None else f'to {up_to:g} us'}: {ranks}, worst {worst:.1%} of {count}"
 
 
 def _report_planted(path: Path) -> bool:

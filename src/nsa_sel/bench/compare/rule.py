@@ -61,10 +61,11 @@ class _Judge:
         return max(FLOOR_US, self.tick_us, 3 * width / 4)
 
     def _noise_us(self, us: float) -> tuple[float, float]:
-        return (
-            self.noise.bound_us("device", us, CONFIRMED_WRONG / self.comparisons),
-            self.noise.bound_us("device", us, SUSPECT_WRONG / self.comparisons),
+        """Return beyond which differences a timing is slower, and suspect."""
+        confirmed, suspect = (
+            self.noise.bound_us("device", us, wrong / self.comparisons) for wrong in (CONFIRMED_WRONG, SUSPECT_WRONG)
         )
+        return max(confirmed, self.noise.worst_us("device", us)), suspect
 
     def pair(self, key: Key) -> tuple[Timing, Timing, Change]:
         """Return a timing before and after, as the old run's machine would have measured it, and the Change."""
