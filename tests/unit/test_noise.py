@@ -44,14 +44,15 @@ def as_timings(times, method="triton", **more):
 
 @pytest.mark.skipif(len(BASELINES) < 2, reason="a tree without its two committed baselines")
 @pytest.mark.parametrize("first", [0, 1])
-def test_the_two_baselines_which_are_of_one_commit_pass_in_both_orders(first):
+def test_the_two_baselines_of_one_commit_on_two_cards_pass_in_both_orders(first):
     old, new = (runs.load(path) for path in (BASELINES[first], BASELINES[1 - first]))
-    assert old.commit == new.commit and old.environment == new.environment
+    assert old.commit == new.commit and old.environment["gpu_id"] != new.environment["gpu_id"]
     result = compare(old, new)
     assert (result.exit_code, result.regressions, result.suspects, result.missing) == (0, (), (), ())
     assert result.compared == 2 * 658 and not result.assumed_noise
-    assert result.text().endswith("verdict: pass, nothing got slower")
-    assert "launch floor: every call takes 0.13 us" in result.text()
+    assert "another card of the same name" in result.text()
+    assert "launch floor: every call takes 0." in result.text()
+    assert "verdict: pass" in result.text().splitlines()[-1]
 
 
 @pytest.mark.skipif(not BASELINES, reason="a tree without its committed baselines")
