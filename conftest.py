@@ -21,7 +21,7 @@ from nsa_sel.bench.compare.hooks import (
 )
 from nsa_sel.bench.suite import cases
 
-pytest_plugins = ["nsa_sel.bench.resume.plugin"]
+pytest_plugins = ["nsa_sel.bench.resume.plugin", "nsa_sel.bench.suite.kernel_options"]
 
 __all__ = [
     "pytest_benchmark_group_stats",

@@ -122,3 +122,34 @@ def block_ranges(blocks: Tensor, block_size: int, context: int | Tensor) -> Tens
     starts, ends = torch.minimum(starts, limit), torch.minimum(ends, limit)
     chosen = blocks >= 0
     return torch.stack((torch.where(chosen, starts, 0), torch.where(chosen, ends, 0)), dim=-1).int()
+
+
+def ranges_to_blocks(ranges: Tensor, block_size: int, S_kv: int) -> Tensor:
+    """Turn ranges into selected block numbers, the argument of kernels that take blocks: the inverse of `block_ranges`.
+
+    Token s attends to the keys of its blocks up to position S_kv - S + s: its own where the S queries are the last
+    tokens of the context. A span of several blocks becomes their numbers; a block that two spans cover stands twice.
+    Returns int32 [B, S, G, n], n being the most blocks of a row, each row's in the order of its spans, then -1. Costs
+    two device syncs.
+
+    Raises:
+        ValueError: names the first row `(b, s, g)` and span that is no run of whole blocks; only the token's own
+            position may cut the last block short.
+    """
+    starts, ends = clamp(ranges, S_kv)
+    S = ranges.shape[1]
+    limit = torch.arange(S_kv - S + 1, S_kv + 1, device=ranges.device).view(1, S, 1, 1)  # of each token, exclusive
+    whole = (ends % block_size == 0) & (ends <= limit)
+    bad = (ends > starts) & ((starts % block_size != 0) | ~(whole | (ends == limit)))
+    if bad.any():
+        b, s, g, n = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"ranges: value is [{int(starts[b, s, g, n])}, {int(ends[b, s, g, n])}) in row (b={b}, s={s}, g={g}), "
+            f"span {n}, expected whole blocks of {block_size} tokens, the last cut short only at {S_kv - S + s + 1}"
+        )
+    n_blocks = -(-S_kv // block_size)
+    in_blocks = torch.stack((starts // block_size, -(-ends // block_size)), -1)
+    in_blocks = torch.where((ends > starts)[..., None], in_blocks, 0)
+    most = int(lengths(in_blocks, n_blocks).amax()) if in_blocks.numel() else 0
+    index, valid = token_index(in_blocks, max(n_blocks, 1), most)
+    return torch.where(valid, index, -1).int()

@@ -239,3 +239,61 @@ def test_block_numbers_past_int32_positions_are_beyond_every_context():
     assert ranges.dtype == torch.int32
     assert ranges.flatten().tolist() == [2**31 - 1] * 2
     assert spans.lengths(ranges, 2**31 - 1).item() == 0
+
+
+def attended(blocks: torch.Tensor, block_size: int, S_kv: int) -> list[list[int]]:
+    """Return the tokens that a kernel attends to which takes blocks, row by row, in plain Python."""
+    S, G = blocks.shape[1:3]
+    limits = [S_kv - S + s + 1 for _ in range(blocks.shape[0]) for s in range(S) for _ in range(G)]
+    return [
+        [t for n in row if n >= 0 for t in range(n * block_size, (n + 1) * block_size) if t < limit]
+        for row, limit in zip(blocks.flatten(0, 2).tolist(), limits, strict=True)
+    ]
+
+
+@given(st.data())
+def test_blocks_that_became_ranges_become_those_blocks_again(data):
+    B, S, G, n_spans = (data.draw(st.integers(1, 3)) for _ in range(4))
+    size, S_kv = data.draw(st.integers(1, 5)), data.draw(st.integers(3, 23))
+    numbers = st.integers(-1, -(-S_kv // size))
+    count = B * S * G * n_spans
+    flat = data.draw(st.lists(numbers, min_size=count, max_size=count))
+    blocks = torch.tensor(flat).view(B, S, G, n_spans)
+    position = torch.arange(S_kv - S, S_kv).view(1, S, 1, 1)
+    ranges = spans.block_ranges(blocks, size, position + 1)
+    again = spans.ranges_to_blocks(ranges, size, S_kv)
+    assert again.dtype == torch.int32
+    rows = [[n for n in row if n >= 0] for row in again.flatten(0, 2).tolist()]
+    seen = [
+        [n for n in row if n >= 0 and n * size <= at]
+        for row, at in zip(blocks.flatten(0, 2).tolist(), position.expand(B, S, G, 1).flatten().tolist(), strict=True)
+    ]
+    assert rows == seen and again.shape == (B, S, G, max(map(len, seen)))
+    assert attended(again, size, S_kv) == [tokens(row, S_kv) for row in ranges.flatten(0, 2).tolist()]
+
+
+def test_a_span_of_several_blocks_and_an_overlap_are_blocks_too():
+    ranges = as_ranges([[(0, 0), (16, 48), (0, 16)], [(32, 61), (48, 61), (9, 3)]])
+    blocks = spans.ranges_to_blocks(ranges.transpose(0, 1).contiguous(), 16, 61)
+    assert blocks.squeeze().tolist() == [[1, 2, 0], [2, 3, 3]]
+    assert spans.ranges_to_blocks(as_ranges([[(0, 0)]]), 16, 61).shape == (1, 1, 1, 0)
+    assert spans.ranges_to_blocks(torch.zeros(0, 2, 1, 3, 2, dtype=torch.int32), 16, 61).shape == (0, 2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("span", "S_kv", "why"),
+    [
+        ((8, 32), 64, "begins inside a block"),
+        ((16, 40), 64, "ends inside a block"),
+        ((16, 64), 64, "the first token sees 63 only"),
+        ((48, 64), 64, "the first token sees 63 only"),
+        ((0, 63), 64, "its second token sees more of this block"),
+    ],
+)
+def test_ranges_that_are_no_blocks_name_the_first_row_and_span(span, S_kv, why):
+    ranges = as_ranges([[(0, 16), (0, 0)], [(0, 16), (0, 0)]])  # S = 2
+    row = 1 if span == (0, 63) else 0
+    ranges[0, row, 0, 1] = torch.tensor(span)
+    pattern = rf"ranges: value is \[{span[0]}, {span[1]}\) in row \(b=0, s={row}, g=0\), span 1, expected whole blocks"
+    with pytest.raises(ValueError, match=pattern):
+        spans.ranges_to_blocks(ranges, 16, S_kv)

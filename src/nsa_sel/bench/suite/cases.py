@@ -22,6 +22,7 @@ MATRICES = ("smoke", "hot", "full")
 OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
 CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
 TRITON_METHODS = tuple(TRITON.values())
+CORE_SUFFIX = "_core"
 PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 
 
@@ -100,7 +101,7 @@ class Case:
 
 def scope(method: str) -> str:
     """Return "op" (packing inside the time) or "core" (rows packed beforehand on both sides)."""
-    return "core" if method in CORE_METHODS else "op"
+    return "core" if method.endswith(CORE_SUFFIX) else "op"
 
 
 def is_kernel(method: str) -> bool:
