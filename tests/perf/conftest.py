@@ -15,8 +15,10 @@ import torch
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.report import screen
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
+from nsa_sel.bench.saved.speedups import kernel_of
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
 from nsa_sel.bench.tune.log import Progress
@@ -25,6 +27,7 @@ __all__ = ["pytest_benchmark_group_stats"]
 
 BENCH = pytest.StashKey[Session]()
 PROGRESS = pytest.StashKey[Progress]()
+INEXPRESSIBLE = pytest.StashKey[Counter[UserKernel]]()  # timings left out because a kernel's blocks cannot say the case
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +40,31 @@ def bench(request: pytest.FixtureRequest) -> Session:
             said = _compiled(request.session, progress)
         _say(config, said)
     try:
-        made = config.stash[BENCH] = Session(plant=config.getoption("sel_plant"))
+        given = {kernel.name: kernel for kernel in kernels_of(config)}
+        made = config.stash[BENCH] = Session(plant=config.getoption("sel_plant"), kernels=given)
         progress.start("benchmarks", sum(map(_takes_time, request.session.items)))
         return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect, and count, the cases that what a user's kernel takes cannot express."""
+    given = {kernel.name: kernel for kernel in kernels_of(config) if kernel.block_size}
+    if not given:
+        return
+    known, left_out = cases.by_id(), []
+    counts = config.stash[INEXPRESSIBLE] = Counter()
+    for item in filter(_is_timed, items):
+        case_id, method = (item.callspec.params[name] for name in ("case_id", "method"))
+        kernel = given.get(kernel_of(method))
+        if kernel is not None and not kernel.expressible(known[case_id], method):
+            left_out.append(item)
+            counts[kernel] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -127,6 +150,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
         terminalreporter.write_line(line)
+    for kernel, count in config.stash.get(INEXPRESSIBLE, Counter()).items():
+        terminalreporter.write_line(f"{kernel.name}: {count} deselected, which {kernel.takes} cannot express")
     files = [str(path) for path in _resume(config).saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))

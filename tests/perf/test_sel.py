@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from nsa_sel.bench.compare import hooks
-from nsa_sel.bench.methods.contender import NotTimed
+from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.resume import plugin as resume
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite import cases, kernels
+from nsa_sel.bench.suite.kernels import kernels_of
 from nsa_sel.bench.timer import timing
 
 
@@ -24,7 +25,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(str(error)) from None
     # Names, not objects: pytest-benchmark saves the parameters. The methods of a case stay adjacent in time.
     metafunc.config.stash[CASES] = {case.id: case for case in chosen}
-    pairs = [(case.id, method) for case in chosen for method in case.methods]
+    given = kernels_of(metafunc.config)
+    pairs = [(case.id, method) for case in chosen for method in kernels.methods(case, given)]
     metafunc.parametrize(("case_id", "method"), pairs, ids=[f"{case_id}-{method}" for case_id, method in pairs])
 
 
@@ -54,6 +56,8 @@ def test_sel(case_id, method, benchmark, bench: Session, pytestconfig: pytest.Co
         pytest.skip(f"not timed: {reason}")
     except BaseException as error:  # an interrupt too
         benchmark.has_error = True  # else half a measurement would be saved, or a run could not be saved at all
+        if isinstance(error, WrongResult):  # its lines as they are, to be pasted
+            pytest.fail(str(error), pytrace=False)
         if isinstance(error, Exception) and bench.lost():
             pytest.exit(f"the GPU no longer answers since {case_id} {method}: {error}", returncode=1)
         raise

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_sel import reference, spans
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite import cases, kernels
 from nsa_sel.bench.suite.inputs import make_inputs
 from nsa_sel.bench.suite.kernels import KernelError, parse
 
@@ -54,8 +54,9 @@ def test_a_kernel_has_a_name_a_spec_and_two_methods(mine):
     plain, named = parse([f"{mine}:right", f"{mine}:from_blocks=by_block"], ["by_block=blocks:32"])
     assert (plain.name, plain.spec, plain.takes) == ("right", f"{mine}:right", "ranges")
     assert (named.name, named.spec, named.takes) == ("by_block", f"{mine}:from_blocks", "blocks:32")
-    assert named.methods == ("by_block", "by_block_core")
-    assert [cases.scope(method) for method in named.methods] == ["op", "core"]
+    assert named.methods(PREFILL) == ("by_block", "by_block_core")
+    assert [cases.scope(method) for method in named.methods(PREFILL)] == ["op", "core"]
+    assert cases.kernels_among(kernels.methods(PREFILL, (plain, named))) == ["triton", "right", "by_block"]
 
 
 def test_takes_without_a_name_is_for_all_and_what_is_said_of_one_goes_before_it(mine):
@@ -157,3 +158,4 @@ def test_blocks_express_cases_of_blocks_and_whole_spans_alone(mine):
     assert found[small] == [True, True, True, True, False]
     assert found[large] == [False, False, True, False, False]
     assert all(ranges.expressible(case) for case in (PREFILL, decode, whole, short, scattered))
+    assert blocks.expressible(decode, "from_blocks_core") and not blocks.expressible(PREFILL, "from_blocks_core")

@@ -178,7 +178,7 @@ def test_a_hot_run_renders_without_a_verdict(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
     page = Page((write(tmp_path, saved_runs.run([c for c in HOT if c.hot])) / "report.html").read_text())
     assert "support no threshold" in page.text
-    assert "No such case with a Triton time in this run." in page.text  # no prefill
+    assert "No such case with a time of the kernel in this run." in page.text  # no prefill
     assert page.tags.count("img") == 3
 
 

@@ -7,7 +7,7 @@ import gc
 import statistics
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .methods import contender
 from .methods.contender import CaseState, NotTimed, Prepared, WrongResult
-from .methods.prepare import Kernel, prepare
+from .methods.prepare import prepare
 from .saved.figures import statistics_of
 from .suite import cases
 from .suite.cases import PEER_METHODS, Case
 from .suite.inputs import memory_estimate
+from .suite.kernels import UserKernel
 from .timer import timing
 from .timer.calibration import calibrate, limit_us
 from .timer.machine import environment
@@ -35,15 +36,17 @@ class Session:
 
     plant: slow a tenth of the kernel's benchmarks down by this share of their device median, to test whether a
     comparison finds it. SDPA's times stay: they are the yardstick.
-    kernel: measured in place of this package's own.
+    kernels: users' kernels by name; one of the name "triton" is measured in place of this package's own.
     """
 
-    def __init__(self, flush: str = "read", plant: float | None = None, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, flush: str = "read", plant: float | None = None, kernels: Mapping[str, UserKernel] | None = None
+    ) -> None:
         self.timer: DeviceTimer | WallTimer = DeviceTimer(flush) if torch.cuda.is_available() else WallTimer()
         self.on_gpu = isinstance(self.timer, DeviceTimer)
         if not self.on_gpu:
             torch.set_num_threads(1)  # with two, a busy core makes every OpenMP barrier wait for the scheduler
-        self.plant, self.kernel = plant, kernel
+        self.plant, self.kernels = plant, kernels or {}
         self.calibration = calibrate(self.timer)
         self.not_timed: dict[tuple[str, str], str] = {}  # (case, method) -> why it has no time
         self._state: CaseState | None = None
@@ -126,7 +129,7 @@ class Session:
             warnings.simplefilter("ignore")  # torch warns of every SDPA backend that declines a call
             try:
                 state = self.state(case)
-                prepared = prepare(state, method, self.kernel)
+                prepared = prepare(state, method, self.kernels)
                 mae = contender.check(state, prepared)
                 with prepared.guard():
                     prepared = self._planted(case, method, prepared)

@@ -6,13 +6,13 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from ..saved import storage
 from ..saved.run import Key, Run, RunError, Timing, load, short_name, timing
-from ..suite import cases
+from ..suite import cases, kernels
 from ..tables import printable, replace_file
 from . import export
 from .result import Comparison
@@ -49,17 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure what is slower or suspect again, on the new GPU")
     for name, what in (("json", "everything"), ("markdown", "a pull request's comment"), ("junit", "a test per case")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to this file")
+    kernels.add_options(parser.add_argument)
     args = parser.parse_args(argv)
     if args.old and args.sel_baseline:
         parser.error("give OLD or --sel-baseline, not both")
     try:
         comparison = compare(*_choose(args.old or args.sel_baseline, args.new, storage.folder(args.storage)))
         if args.again:
-            comparison = measure_again(comparison)
+            comparison = measure_again(comparison, kernels.parse(args.sel_kernel, args.sel_takes))
         for name, written in EXPORTS.items():
             if (path := getattr(args, name)) is not None:
                 _write(path, written(comparison))
-    except RunError as error:
+    except (RunError, kernels.KernelError) as error:
         print(printable(f"nsa-sel compare: {error}"), file=sys.stderr)
         return 2
     print(comparison.text(colour=shows_colour()))
@@ -92,8 +93,8 @@ def _write(path: Path, text: str) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); give another file") from None
 
 
-def measure_again(comparison: Comparison) -> Comparison:
-    """Measure what is slower or suspect again on this machine, and judge it by that.
+def measure_again(comparison: Comparison, given: Iterable[kernels.UserKernel] = ()) -> Comparison:
+    """Measure what is slower or suspect again on this machine, and judge it by that. given: users' kernels.
 
     Raises: RunError if this is not the card of the new run, or another commit is checked out.
     """
@@ -112,7 +113,7 @@ def measure_again(comparison: Comparison) -> Comparison:
     if not keys:
         return comparison
     print(f"measuring {len(keys)} timings again", file=sys.stderr)
-    fresh, floor_us = _fresh(keys)
+    fresh, floor_us = _fresh(keys, given)
     machine = comparison.machine
     if floor_us is not None and comparison.old.floor_us is not None:  # another process has a launch floor of its own
         machine = replace(machine, shift_us=floor_us - comparison.old.floor_us)
@@ -128,12 +129,12 @@ def _checked_out() -> str:
         return ""
 
 
-def _fresh(keys: list[Key]) -> tuple[dict[Key, Timing], float | None]:
+def _fresh(keys: list[Key], given: Iterable[kernels.UserKernel]) -> tuple[dict[Key, Timing], float | None]:
     """Return fresh timings of those that can be measured, and this process's launch floor in µs."""
     from ..session import Session
 
     known = cases.by_id()
-    session = Session()
+    session = Session(kernels={kernel.name: kernel for kernel in given})
     found = {}
     for case, method in sorted(keys):
         try:

@@ -40,7 +40,7 @@ def as_comment(comparison: Comparison) -> str:
         lines = [["family", "scope", "cases", "new / old", "95 % interval"]]
         for part in comparison.roll_up:
             interval = f"{part.interval[0]:.3f} to {part.interval[1]:.3f}" if part.interval else "–"
-            lines.append([part.family, part.scope, str(part.cases), f"{part.ratio:.3f}x", interval])
+            lines.append([part.name, part.scope, str(part.cases), f"{part.ratio:.3f}x", interval])
         blocks.append(as_markdown(lines))
     for title, changes in (("Slower", comparison.regressions), ("Suspect", comparison.suspects)):
         blocks += _changes(title, changes)

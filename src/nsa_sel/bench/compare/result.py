@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..saved.run import IDENTITY, Key, Run
+from ..saved.speedups import TRITON
 from ..tables import printable
 from .yardstick import SAID_SHIFT_US, Machine
 
@@ -54,6 +55,12 @@ class RollUp:
     cases: int
     ratio: float
     interval: tuple[float, float] | None  # None: of fewer than three cases
+    kernel: str = TRITON["op"]
+
+    @property
+    def name(self) -> str:
+        """Return the family, with the kernel where it is a user's."""
+        return self.family if self.kernel == TRITON["op"] else f"{self.kernel} {self.family}"
 
     @property
     def slower(self) -> bool:
@@ -92,7 +99,7 @@ class Comparison:
 
     @property
     def references_only(self) -> bool:
-        """Tell whether both runs are without a GPU, so that nothing of the kernel was timed."""
+        """Tell whether both runs are without a GPU: they time references, and users' kernels, by the wall clock."""
         return not self.old.on_gpu and not self.new.on_gpu
 
     @property
@@ -116,7 +123,7 @@ class Comparison:
     def verdict(self) -> str:
         """Return the verdict in one line."""
         if self.references_only:
-            return "references only: no verdict"
+            return f"{'no GPU' if self.new.kernels else 'references only'}: no verdict"
         if self.different_gpu:
             return "FAIL, different GPU"
         faults = [] if self.compared else ["no case in common"]
@@ -126,7 +133,7 @@ class Comparison:
             return f"FAIL, {', '.join(faults)}{self._assumed()}"
         if not self.machine.judged:
             return "another card: not judged"
-        slower = "; ".join(f"{part.family} {part.text()}" for part in self.roll_up if part.slower)
+        slower = "; ".join(f"{part.name} {part.text()}" for part in self.roll_up if part.slower)
         if self.suspects:
             said = f"SUSPECT, {', '.join(faults)}: to be measured again"
         else:
@@ -182,6 +189,13 @@ class Comparison:
             lines += self._machine()
         if self.part:
             lines.append(f"a part: the new run has {self.part[0]} of the old run's {self.part[1]} cases")
+        kernels = self.old.kernels, self.new.kernels
+        lines += [f"note: {name} is measured in the old run alone" for name in kernels[0] if name not in kernels[1]]
+        lines += [
+            f"note: {name} is {what} in the new run and {kernels[0][name]} in the old one"
+            for name, what in kernels[1].items()
+            if kernels[0].get(name, what) != what
+        ]
         lines += [f"note: {run.name} was cut short and lacks cases" for run in (self.old, self.new) if run.interrupted]
         if self.old.regressions:
             lines.append(f"note: the old run was saved with {len(self.old.regressions)} confirmed regressions")
@@ -206,10 +220,9 @@ class Comparison:
 
     def _families(self) -> list[str]:
         """Return a line per family: how it changed in each scope."""
-        families = dict.fromkeys(part.family for part in self.roll_up)
+        names = dict.fromkeys(part.name for part in self.roll_up)
         lines = [
-            f"  {family:<8} " + "; ".join(part.text() for part in self.roll_up if part.family == family)
-            for family in families
+            f"  {name:<8} " + "; ".join(part.text() for part in self.roll_up if part.name == name) for name in names
         ]
         return ["new / old time, geomean [95 % interval] of cases:", *lines] if lines else []
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..saved.run import Key, Run, Timing
-from ..saved.speedups import SDPA_FORMS, TRITON
+from ..saved.speedups import SDPA_FORMS, kernel_of
 from ..suite.cases import is_kernel, scope
 from .noise import CONFIRMED_WRONG, SUSPECT_WRONG, Noise, noise_of, time_us
 from .result import Change, Comparison, RollUp
@@ -19,7 +19,6 @@ from .yardstick import FLOOR_US, Machine, explain
 
 SLOWER = 0.10  # a change counts from here
 HOST_FLOOR_US = 2.0  # for call time and graph time, which only warn
-PARTNERS = {triton: SDPA_FORMS[scope] for scope, triton in TRITON.items()}
 FEWEST_OF_AN_INTERVAL = 3
 
 
@@ -82,8 +81,8 @@ class _Judge:
         return before, after, change
 
     def partner(self, key: Key) -> Key | None:
-        """Return the SDPA timing in both runs that a Triton timing's speed-up is taken over, if there is one."""
-        keys = ((key[0], method) for method in PARTNERS.get(key[1], ()))
+        """Return the SDPA timing in both runs that a kernel's speed-up is taken over, if there is one."""
+        keys = ((key[0], method) for method in SDPA_FORMS[scope(key[1])])
         return next((partner for partner in keys if partner in self.old and partner in self.new), None)
 
     def host_warnings(self, before: Timing, after: Timing) -> Iterable[Change]:
@@ -116,7 +115,7 @@ def compare(old: Run, new: Run) -> Comparison:
     judge = _judge_of(result, new.timings, result.machine)
     found: dict[str, list[Change]] = {"slower": [], "suspect": [], "faster": [], "noise": [], "same": []}
     warnings: list[Change] = []
-    ratios: dict[tuple[str, str], list[float]] = {}
+    ratios: dict[tuple[str, str, str], list[float]] = {}
     for key in common:
         before, after, change = judge.pair(key)
         grade, why = judge.grade(before, after)
@@ -125,7 +124,7 @@ def compare(old: Run, new: Run) -> Comparison:
         found[grade].append(replace(change, note=why))
         warnings += judge.host_warnings(old.timings[key], new.timings[key])
         if change.change > -1:  # else the launch floor is longer than the timing, of which no logarithm can be taken
-            ratios.setdefault((change.family, scope(key[1])), []).append(1 + change.change)
+            ratios.setdefault((kernel_of(key[1]), change.family, scope(key[1])), []).append(1 + change.change)
     return replace(
         result,
         regressions=_worst_first(found["slower"]),
@@ -160,14 +159,14 @@ def _judge_of(comparison: Comparison, new: Mapping[Key, Timing], machine: Machin
     return _Judge(comparison.old.timings, new, machine, tick, noise, comparison.compared)
 
 
-def _rolled_up(family: str, of_scope: str, ratios: list[float]) -> RollUp:
+def _rolled_up(kernel: str, family: str, of_scope: str, ratios: list[float]) -> RollUp:
     """Return the geomean of positive ratios with the 95 % interval of Student's t over their logarithms."""
     logs = [math.log(ratio) for ratio in ratios]
     mean, interval = statistics.fmean(logs), None
     if len(logs) >= FEWEST_OF_AN_INTERVAL:
         half = _t975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
         interval = math.exp(mean - half), math.exp(mean + half)
-    return RollUp(family, of_scope, len(ratios), math.exp(mean), interval)
+    return RollUp(family, of_scope, len(ratios), math.exp(mean), interval, kernel)
 
 
 def _t975(freedom: int) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ... import reference
+from ... import reference, spans
 from ..suite import gate
 from ..suite.cases import Case
 from ..suite.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
@@ -52,7 +52,7 @@ class Prepared:
     call: the timed call. result: turns its value into rows [N, H, Dv]. details: entries of extra_info that say what
     really runs. guard: the context in which it must run (the SDPA backend); it is entered once per measurement, since
     entering it costs host time. expected: what `CaseState.expect` gives for the spans that the method attends to, if
-    those are not the case's.
+    those are not the case's. repro: lines that a wrong result is shown with.
     """
 
     call: Callable[[], Tensor]
@@ -60,6 +60,7 @@ class Prepared:
     details: dict[str, str | float] = field(default_factory=dict)
     guard: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     expected: tuple[Tensor, Tensor, Tensor] | None = None
+    repro: str = ""
 
 
 class CaseState:
@@ -160,14 +161,17 @@ def check(state: CaseState, prepared: Prepared) -> float:
     """Run the call once, judge the fixed rows, and return their MAE.
 
     Raises:
-        WrongResult: the gate's message.
+        WrongResult: the gate's message, and how to see it again.
     """
     rows, oracle, packed = prepared.expected or state.expected
+    case, dtype = state.case, TORCH_DTYPES[state.case.dtype]
     with prepared.guard():
+        # The memory that the call gets for its result must not hold an earlier, right one.
+        torch.full((case.N, case.H, case.Dv), float("nan"), dtype=dtype, device=state.device)
         out = prepared.result(prepared.call())[rows]
-    result = gate.check(out, oracle, packed, dtype=TORCH_DTYPES[state.case.dtype])
+    result = gate.check(out, oracle, packed, dtype=dtype)
     if not result.ok:
-        raise WrongResult(f"{state.case.id}, {len(rows)} of its rows: {result.message}")
+        raise WrongResult(f"{case.id}, {len(rows)} of its rows: {result.message}{prepared.repro}")
     return result.mae
 
 
@@ -179,6 +183,15 @@ def within(backend: str) -> Callable[[], AbstractContextManager[object]]:
 def as_rows(case: Case, out: Tensor) -> Tensor:
     """Return a result as rows [N, H, Dv]."""
     return out.reshape(case.N, case.H, case.Dv)
+
+
+def packed_as_inputs(state: CaseState) -> Inputs:
+    """Present the packed rows, the very tensors that SDPA reads, as rows of one span (0, L) each."""
+    q_rows, k_rows, v_rows, valid = state.packed
+    q, k, v, ranges = spans.dense_rows(q_rows, k_rows, v_rows)
+    if valid is not None:
+        ranges[..., 1] = valid.sum(-1).view(-1, 1, 1, 1)
+    return Inputs(q, k, v, ranges, state.inputs.min_len, state.inputs.max_len)
 
 
 def _free_memory() -> int:

@@ -6,31 +6,36 @@ Source: docs/measuring.md, "Scopes".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ... import selection_attention, spans
+from ... import selection_attention
 from ...errors import KernelFailed, UnsupportedError
-from ..suite.cases import PEER_METHODS, TRITON_METHODS
+from ..saved.speedups import kernel_of
+from ..suite.cases import PEER_METHODS, TRITON_METHODS, scope
 from ..suite.inputs import Inputs, memory_estimate
-from . import compiled, peers
-from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, within
+from ..suite.kernels import UserKernel
+from . import compiled, given, peers
+from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, packed_as_inputs, within
 
-Kernel = Callable[..., Tensor]  # f(q, k, v, ranges, *, min_len, max_len) -> out [B, S, G, H, Dv]
 
-
-def prepare(state: CaseState, method: str, kernel: Kernel | None = None) -> Prepared:
+def prepare(state: CaseState, method: str, kernels: Mapping[str, UserKernel] | None = None) -> Prepared:
     """Return the method ready for timing, not yet checked.
 
-    kernel: runs in place of this package's own where the method is the kernel's.
+    kernels: those that were given, by name; one of the name "triton" runs in place of this package's own.
 
     Raises:
         NotTimed: it cannot run here; the message says why.
+        WrongResult: a given kernel returns something else than a result, or changes its arguments.
     """
+    if method in TRITON_METHODS and state.device == "cpu":
+        raise NotTimed("no GPU")
+    if (kernel := (kernels or {}).get(kernel_of(method))) is not None:
+        return given.prepare(state, kernel, core=scope(method) == "core")
     if method in TRITON_METHODS:
-        return _triton(state, method == "triton_core", kernel)
+        return _triton(state, method == "triton_core")
     if method in PEER_METHODS:
         return peers.prepare(state, method)
     if state.case.peers:  # elsewhere the case is not begun unless packing fits
@@ -59,13 +64,8 @@ def prepare(state: CaseState, method: str, kernel: Kernel | None = None) -> Prep
     return Prepared(build.call, rows, {"sdpa_backend": state.sdpa_backend, **build.details}, guard)
 
 
-def _triton(state: CaseState, core: bool, kernel: Kernel | None) -> Prepared:
-    if state.device == "cpu":
-        raise NotTimed("no GPU")
-    x = _packed_as_inputs(state) if core else state.inputs
-    if kernel is not None:  # nothing is known of it but its result, which the gate judges
-        other = functools.partial(kernel, x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
-        return Prepared(other, functools.partial(as_rows, state.case))
+def _triton(state: CaseState, core: bool) -> Prepared:
+    x = packed_as_inputs(state) if core else state.inputs
     from ...kernel import launch  # needs Triton
 
     if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
@@ -94,12 +94,3 @@ def _operation(x: Inputs, backend: str) -> Callable[[], Tensor]:
     return functools.partial(
         selection_attention, x.q, x.k, x.v, x.ranges, backend=backend, min_len=x.min_len, max_len=x.max_len
     )
-
-
-def _packed_as_inputs(state: CaseState) -> Inputs:
-    """Present the packed rows, the very tensors that SDPA reads, as rows of one span (0, L) each."""
-    q_rows, k_rows, v_rows, valid = state.packed
-    q, k, v, ranges = spans.dense_rows(q_rows, k_rows, v_rows)
-    if valid is not None:
-        ranges[..., 1] = valid.sum(-1).view(-1, 1, 1, 1)
-    return Inputs(q, k, v, ranges, state.inputs.min_len, state.inputs.max_len)

@@ -10,23 +10,24 @@ from pathlib import Path
 from ...config import ConfigError, SelConfig
 from ..compare.rule import compare
 from ..saved import storage
-from ..saved.run import RunError, Saved, gpu_name, load
+from ..saved.run import RunError, Saved, load
+from ..saved.speedups import TRITON
 from ..tables import replace_file
 from ..threshold.rule import Decision, ThresholdError, decide
 from ..threshold.write import sentence
 from . import page, plots, tables
 
-NO_GPU = "This run has no GPU figures: only the references were timed, on the CPU, and no threshold follows from it."
+NO_GPU = "This run has no GPU figures: what is timed was timed on the CPU, and no threshold follows from it."
 
 
-def judge(saved: Saved) -> tuple[str, Decision | None]:
-    """Return the verdict in one sentence, and the decision behind it; None without GPU figures.
+def judge(saved: Saved, kernel: str = TRITON["op"]) -> tuple[str, Decision | None]:
+    """Return the verdict on a kernel in one sentence, and the decision behind it; None without GPU figures.
 
     Raises: ThresholdError as `decide`.
     """
-    if saved.run.gpu == gpu_name(None):
+    if not saved.run.on_gpu:
         return NO_GPU, None
-    decided = decide([saved])
+    decided = decide([saved], kernel=kernel)
     return sentence(decided), decided
 
 
@@ -38,12 +39,14 @@ def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Pat
     saved = Saved.load(run)
     compared = None if old is None else compare(load(old), saved.run)
     rows = tables.table(saved)
-    verdict, decided = judge(saved)
+    verdicts = {kernel: judge(saved, kernel) for kernel in tables.kernels(rows)[: None if saved.run.on_gpu else 1]}
+    (kernel, (_, decided)), *others = verdicts.items()
     chosen, source = chosen_length(saved.run.gpu, decided, config)
     # Without a GPU there is nothing to plot; a case without a length has no place on an axis.
     drawn = [r for r in rows if r["L"] and r["N"]] if decided else []
     pictures = {
-        "speedup": plots.speedup_by_length(drawn, chosen),
+        "speedup": plots.speedup_by_length(drawn, chosen, kernel),
+        **{f"speedup {name}": plots.speedup_by_length(drawn, d and d.min_L, name) for name, (_, d) in others},
         "bytes": plots.time_by_bytes(drawn, tables.read_limit(saved.machine)),
         "decode": plots.decode_times(drawn),
         "prefill": plots.prefill_times(drawn),
@@ -51,12 +54,17 @@ def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Pat
     beside, notes = tables.peers(saved)
     heading = f"nsa_sel on {saved.run.gpu}, {saved.run.datetime[:10] or 'undated'}"
     texts = {
-        "report.html": page.render(heading, verdict, source, saved, decided, rows, pictures, compared, beside, notes),
+        "report.html": page.render(
+            heading, list(verdicts.values()), source, saved, rows, pictures, compared, beside, notes
+        ),
         "results.csv": tables.csv_text(rows),
-        "results.md": tables.markdown_text(heading, verdict, rows, beside, notes),
+        "results.md": tables.markdown_text(heading, [text for text, _ in verdicts.values()], rows, beside, notes),
     }
-    if pictures["speedup"]:
-        texts["speedup.svg"] = pictures["speedup"]
+    texts |= {
+        f"{name.replace(' ', '-')}.svg": picture
+        for name, picture in pictures.items()
+        if picture and name.startswith("speedup")
+    }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         replace_file(out / name, text)
@@ -67,6 +75,8 @@ def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tupl
     """Return the threshold to draw, and where it comes from: the configuration's entry for this GPU, else this run."""
     if decided is None:
         return None, ""
+    if decided.kernel != TRITON["op"]:  # the configuration is of our kernel alone
+        return decided.min_L, ""
     if config.has_entry(gpu):
         value = config.min_len_for(gpu)
         said = f"The configuration switches Triton on from L = {value}." if value else "The configuration says never."

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..compare.result import Comparison, describe
 from ..saved.run import Saved
+from ..saved.speedups import TRITON
 from ..threshold.rule import DECIDING_LAUNCH, NEEDED_SPEEDUP, Decision, Threshold
 from . import tables
 
@@ -82,43 +83,47 @@ for (const head of table.tHead.rows[0].cells) {
 
 def render(
     heading: str,
-    verdict: str,
+    verdicts: Sequence[tuple[str, Decision | None]],
     source: str,
     saved: Saved,
-    decided: Decision | None,
     rows: Sequence[tables.Row],
     pictures: Mapping[str, str | None],
     compared: Comparison | None,
     beside: Sequence[Sequence[str]] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """Return the page. pictures: SVG text by name (speedup, bytes, decode, prefill); None: nothing to show.
+    """Return the page. verdicts: of each kernel, a sentence and the decision behind it, None without GPU figures.
+    pictures: SVG text by name (speedup, one more of each other kernel, bytes, decode, prefill); None: nothing to show.
     beside, notes: the table of peers and what is said of it.
 
     A content security policy forbids every outside reference, and every script but the page's own.
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    state = "" if decided and decided.min_L is not None else " off"
-    body = [
-        f"<h1>{escape(heading)}</h1>",
-        f'<p class="verdict{state}">{escape(verdict)}</p>',
+    body = [f"<h1>{escape(heading)}</h1>"]
+    for verdict, decided in verdicts:
+        state = "" if decided and decided.min_L is not None else " off"
+        body.append(f'<p class="verdict{state}">{escape(verdict)}</p>')
+    decisions = [decided for _, decided in verdicts if decided]
+    body += [
         f'<p class="note">{escape(source)}</p>' if source else "",
     ]
-    if decided:
-        body += [*_threshold(decided), *_pictures(pictures)]
+    for decided in decisions:
+        body += _threshold(decided)
+    if decisions:
         body += [
+            *_pictures(pictures),
             "<h2>Summary</h2>",
-            _note("Triton over the fastest SDPA form of the same scope: geomean (worst case)."),
+            _note("Each kernel over the fastest SDPA form of the same scope: geomean (worst case)."),
+            _table(tables.summary(rows), left={0, 1, 2}),
         ]
-        body.append(_table(tables.summary(rows), left={0, 1}))
     if beside:
         body += ["<h2>Peers</h2>", _note(tables.PEERS_NOTE), _table(beside, left={0}), *map(_note, notes)]
     body += _changes(compared)
     body += [
         "<h2>Environment</h2>",
         f'<div class="wrap">{_table(_environment(saved))}</div>',
-        *_all(rows, gpu=decided is not None),
+        *_all(rows, gpu=bool(decisions)),
     ]
     return "\n".join(
         [
@@ -145,7 +150,12 @@ def _threshold(decided: Decision) -> list[str]:
     )
     refused = [["not judged", "why"], *([v.case, v.not_judged] for v in decided.not_judged)]
     shown = [_note(note), _table(lines, left={0, 1, 2, 8, 10})]
-    return ["<h2>From which length on</h2>", *shown, *([_table(refused, left={0, 1})] if decided.not_judged else [])]
+    of = "" if decided.kernel == TRITON["op"] else f": {escape(decided.kernel)}"
+    return [
+        f"<h2>From which length on{of}</h2>",
+        *shown,
+        *([_table(refused, left={0, 1})] if decided.not_judged else []),
+    ]
 
 
 def _threshold_line(t: Threshold) -> list[str]:
@@ -160,7 +170,7 @@ def _pictures(pictures: Mapping[str, str | None]) -> list[str]:
     shown = {
         "speedup": (
             "Speed-up against length",
-            "Line: geomean over the head shapes; band: worst to best of them. Above 1.2x (dashed) Triton is worth it.",
+            "Line: geomean over the head shapes; band: worst to best of them. Above 1.2x (dashed) it is worth it.",
         ),
         "bytes": (
             "Time against bytes",
@@ -170,14 +180,16 @@ def _pictures(pictures: Mapping[str, str | None]) -> list[str]:
         "prefill": ("Prefill", "One line a case, the fastest at the bottom. Packing is inside SDPA's time."),
     }
     parts = []
-    for name, (title, note) in shown.items():
-        picture = pictures[name]
+    for name, picture in pictures.items():
+        kind, _, kernel = name.partition(" ")
+        title, note = shown[kind]
+        title += f": {kernel}" if kernel else ""
         if picture is None:
-            content = _note("No such case with a Triton time in this run.")
+            content = _note("No such case with a time of the kernel in this run.")
         else:
             data = base64.b64encode(picture.encode()).decode()
-            content = f'{_note(note)}<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
-        parts.append(f"<section><h2>{title}</h2>{content}</section>")
+            content = f'{_note(note)}<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">'
+        parts.append(f"<section><h2>{escape(title)}</h2>{content}</section>")
     return parts
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from ..saved.speedups import SDPA_FORMS, TRITON, geomean
+from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, geomean
+from ..suite.cases import kernels_among
 from ..threshold.rule import NEEDED_SPEEDUP
 from .tables import Row
 
@@ -24,6 +25,8 @@ _METHODS = {
     "triton_core": ("Triton, rows packed", "#56B4E9", "v", "-"),
     "sdpa_core": ("SDPA, packing free", "#009E73", "^", "-."),
 }
+# Of users' kernels, one after another.
+_OTHERS = (("#000000", "X", "-"), ("#8C564B", "*", "--"), ("#7F7F7F", "p", "-."), ("#17BECF", "h", ":"))
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,18 +42,19 @@ _STYLE: Any = {
 _LAYOUTS = {"few": "few: one span", "many": "many: 8 equal spans", "mixed": "mixed: 2 to 8 random spans"}
 
 
-def speedup_by_length(rows: Sequence[Row], min_len: int | None) -> str | None:
-    """Plot the rows family's speed-up over the fastest SDPA against L: one column per layout, one line per N.
+def speedup_by_length(rows: Sequence[Row], min_len: int | None, kernel: str = TRITON["op"]) -> str | None:
+    """Plot a kernel's speed-up over the fastest SDPA against L, of `rows`: one column per layout, one line per N.
 
     A line is the geomean over the head shapes, its band runs from the worst to the best of them. min_len: the chosen
     threshold, drawn where it applies; None: no line. Returns None if there is nothing to plot.
     """
-    chosen = [r for r in rows if r["family"] == "rows" and r["method"] in ("triton", "triton_core")]
+    core = kernel + CORE_SUFFIX
+    chosen = [r for r in rows if r["family"] == "rows" and r["method"] in (kernel, core)]
     layouts = [name for name in _LAYOUTS if any(r["layout"] == name for r in chosen)]
     panels = [
-        ("triton", "call_speedup", "op, eager call time\nspeed-up (decides)"),
-        ("triton", "speedup", "op, device time\nspeed-up"),
-        ("triton_core", "speedup", "core (packing free),\ndevice time, speed-up"),
+        (kernel, "call_speedup", "op, eager call time\nspeed-up (decides)"),
+        (kernel, "speedup", "op, device time\nspeed-up"),
+        (core, "speedup", "core (packing free),\ndevice time, speed-up"),
     ]
     panels = [p for p in panels if any(r["method"] == p[0] and r[p[1]] for r in chosen)]
     if not panels:
@@ -68,7 +72,7 @@ def speedup_by_length(rows: Sequence[Row], min_len: int | None) -> str | None:
                 ax.set_yscale("log")
                 ax.axhline(1.0, color="#999999", linewidth=0.8)
                 ax.axhline(NEEDED_SPEEDUP, color="black", linewidth=0.9, linestyle=(0, (5, 3)))
-                if min_len is not None and method == "triton":
+                if min_len is not None and method == kernel:
                     ax.axvline(min_len, color="#666666", linewidth=1.2, linestyle=":")
                 _plain_ticks(ax, x_values=sorted({r["L"] for r in chosen}), suffix="x")
             line[0].set_ylabel(label)
@@ -89,7 +93,8 @@ def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]
 
     read_limit: pairs (bytes, µs) of the session's calibration; empty: no curve. Without prefill: its rows share K, V.
     """
-    methods = (*SDPA_FORMS["op"], *SDPA_FORMS["core"], TRITON["op"])
+    styles = _styles(rows)
+    methods = (*SDPA_FORMS["op"], *SDPA_FORMS["core"], *kernels_among(r["method"] for r in rows))
     chosen = [r for r in rows if r["family"] != "prefill" and r["bytes"] and r["device_us"] and r["method"] in methods]
     if not chosen:
         return None
@@ -97,7 +102,7 @@ def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]
     def draw(figure: Figure) -> None:
         ax = figure.subplots()
         for method in methods:
-            label, color, marker, _ = _METHODS[method]
+            label, color, marker, _ = styles[method]
             found = [r for r in chosen if r["method"] == method]
             if found:
                 x, y = [r["bytes"] / 1e6 for r in found], [r["device_us"] for r in found]
@@ -123,7 +128,8 @@ def time_by_bytes(rows: Sequence[Row], read_limit: Sequence[tuple[float, float]]
 
 def decode_times(rows: Sequence[Row]) -> str | None:
     """Plot decode: device time beside eager call time against L, a row of panels per N."""
-    chosen = [r for r in rows if r["family"] == "decode" and r["method"] in _METHODS and r["scope"] == "op"]
+    styles = _styles(rows)
+    chosen = [r for r in rows if r["family"] == "decode" and r["method"] in styles and r["scope"] == "op"]
     counts = sorted({r["N"] for r in chosen})
     if not counts:
         return None
@@ -133,7 +139,7 @@ def decode_times(rows: Sequence[Row]) -> str | None:
         axes = figure.subplots(len(counts), len(columns), sharex=True, sharey="row", squeeze=False)
         for n, line in zip(counts, axes, strict=True):
             for (key, _), ax in zip(columns, line, strict=True):
-                for method, (label, color, marker, dash) in _METHODS.items():
+                for method, (label, color, marker, dash) in styles.items():
                     found = [r for r in chosen if r["N"] == n and r["method"] == method and r[key]]
                     _band(ax, [(r["L"], r[key]) for r in found], color, marker, dash, label)
                 ax.set_xscale("log", base=2)
@@ -151,7 +157,8 @@ def decode_times(rows: Sequence[Row]) -> str | None:
 
 def prefill_times(rows: Sequence[Row]) -> str | None:
     """Plot prefill: device time beside eager call time, a line per case."""
-    chosen = [r for r in rows if r["family"] == "prefill" and r["method"] in _METHODS and r["scope"] == "op"]
+    styles = _styles(rows)
+    chosen = [r for r in rows if r["family"] == "prefill" and r["method"] in styles and r["scope"] == "op"]
     slowest = {r["case"]: r["device_us"] for r in sorted(chosen, key=lambda r: r["device_us"])}
     names = sorted(slowest, key=lambda name: slowest[name])
     if not names:
@@ -161,7 +168,7 @@ def prefill_times(rows: Sequence[Row]) -> str | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(columns), sharex=True, sharey=True)
         for (key, title), ax in zip(columns, axes, strict=True):
-            for method, (label, color, marker, _) in _METHODS.items():
+            for method, (label, color, marker, _) in styles.items():
                 found = [r for r in chosen if r["method"] == method and r[key]]
                 if found:
                     x, y = [r[key] / 1e3 for r in found], [names.index(r["case"]) for r in found]
@@ -174,6 +181,12 @@ def prefill_times(rows: Sequence[Row]) -> str | None:
         _legend_on_top(figure, axes)
 
     return _svg(draw, 10.5, 1.4 + 0.27 * len(names))
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str, str]]:
+    """Return label, colour, marker and dash of every method, those of users' kernels included."""
+    names = [name for name in kernels_among(row["method"] for row in rows) if name != TRITON["op"]]
+    return {**_METHODS, **{name: (name, *style) for name, style in zip(names, cycle(_OTHERS), strict=False)}}
 
 
 def _svg(draw: Callable[[Figure], None], width: float, height: float) -> str:

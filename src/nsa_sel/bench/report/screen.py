@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from ..saved.speedups import SDPA_FORMS, TRITON, fastest_sdpa, geomean
-from ..suite.cases import PEER_METHODS
+from ..saved.speedups import SDPA_FORMS, TRITON, fastest_sdpa, geomean, kernel_of
+from ..suite.cases import PEER_METHODS, is_kernel, kernels_among
 
 WORST_SHOWN = 10
 COLUMNS = (
@@ -21,19 +22,20 @@ Reasons = Mapping[tuple[str, str], str]  # (case, method) -> why it has no time
 
 @dataclass(frozen=True)
 class Speedup:
-    """Hold one comparison: Triton's time and that of the fastest SDPA form of the same scope, in µs."""
+    """Hold one comparison: a kernel's time and that of the fastest SDPA form of the same scope, in µs."""
 
+    kernel: str
     case: str
     family: str
     layout: str
     scope: str
-    triton_us: float
+    kernel_us: float
     sdpa_us: float
     sdpa: str
 
     @property
     def ratio(self) -> float:
-        return self.sdpa_us / self.triton_us
+        return self.sdpa_us / self.kernel_us
 
 
 def by_case(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
@@ -45,43 +47,52 @@ def by_case(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping
 
 
 def speedups(results: Sequence[Mapping[str, Any]]) -> list[Speedup]:
-    """Compare Triton with the fastest SDPA form of the same scope, in every case that has both."""
+    """Compare each kernel with the fastest SDPA form of the same scope, in every case that has both."""
     best = fastest_sdpa(results)
     found = []
-    for ours in results:
-        rival = best.get((ours["case"], ours["scope"]))
-        if ours["method"] == TRITON[ours["scope"]] and rival is not None:
+    for timed in results:
+        rival = best.get((timed["case"], timed["scope"]))
+        if is_kernel(timed["method"]) and rival is not None:
             name = f"{rival['method']} ({rival['sdpa_backend']})"
-            times = ours["device_us"], rival["device_us"]
-            found.append(Speedup(ours["case"], ours["family"], ours["layout"], ours["scope"], *times, name))
+            times = timed["device_us"], rival["device_us"]
+            about = timed["case"], timed["family"], timed["layout"], timed["scope"]
+            found.append(Speedup(kernel_of(timed["method"]), *about, *times, name))
     return found
 
 
 def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the summary: a line per family and layout, the ten worst cases, and what was measured on."""
+    """Return the summary: a line per kernel, family and layout, the ten worst cases, and what was measured on."""
     if not results:
         return ["nothing was timed"]
     grouped = by_case(results)
     compared = speedups(results)
+    kernels = kernels_among(result["method"] for result in results) or [TRITON["op"]]
+    width = max(map(len, kernels)) + 1 if kernels != [TRITON["op"]] else 0  # a column of names only where it tells
+
+    def named(kernel: str) -> str:
+        return f"{kernel:<{width}}" if width else ""
+
     head = f"{'family':<9}{'layout':<8}{'cases':>6}{'op x':>8}{'core x':>8}{'GB/s':>8}{'of limit':>10}"
-    lines = [f"{head}   geomeans; op x: fastest SDPA form / triton, GB/s and limit: triton"]
+    said = "the kernel" if width else "triton"
+    lines = [f"{named('')}{head}   geomeans; op x: fastest SDPA form / {said}, GB/s and limit: {said}"]
     groups = dict.fromkeys((timed["family"], timed["layout"]) for timed in results)
-    for family, layout in groups:
+    for kernel, (family, layout) in product(kernels, groups):
         members = [timed for timed in grouped.values() if _is(timed, family, layout)]
-        ratios = {
-            scope: geomean(s.ratio for s in compared if (s.family, s.layout, s.scope) == (family, layout, scope))
-            for scope in TRITON
-        }
-        shown = [timed["triton"] for timed in members if "triton" in timed]
+        of_group = [s for s in compared if (s.kernel, s.family, s.layout) == (kernel, family, layout)]
+        ratios = {scope: geomean(s.ratio for s in of_group if s.scope == scope) for scope in TRITON}
+        shown = [timed[kernel] for timed in members if kernel in timed]
+        if width and not (shown or of_group):
+            continue
         rate = geomean(result["gbps"] for result in shown)
         share = geomean(result["pct_of_limit"] for result in shown if result["pct_of_limit"] is not None)
         speed = f"{_number(ratios['op'], '.2f'):>8}{_number(ratios['core'], '.2f'):>8}"
         memory = f"{_number(rate, '.0f'):>8}{_number(share, '.0f', ' %'):>10}"
-        lines.append(f"{family:<9}{layout:<8}{len(members):>6}{speed}{memory}")
-    if compared:
-        lines += ["", "worst cases"]
-        for s in sorted(compared, key=lambda s: s.ratio)[:WORST_SHOWN]:
-            lines.append(f"{s.ratio:5.2f}x {s.scope:<5}{s.case}: {s.triton_us:.1f} µs, {s.sdpa} {s.sdpa_us:.1f} µs")
+        count = len(shown) if width else len(members)
+        lines.append(f"{named(kernel)}{family:<9}{layout:<8}{count:>6}{speed}{memory}")
+    for kernel in kernels if compared else ():
+        lines += ["", f"worst cases of {kernel}" if width else "worst cases"]
+        for s in sorted((s for s in compared if s.kernel == kernel), key=lambda s: s.ratio)[:WORST_SHOWN]:
+            lines.append(f"{s.ratio:5.2f}x {s.scope:<5}{s.case}: {s.kernel_us:.1f} µs, {s.sdpa} {s.sdpa_us:.1f} µs")
     first = results[0]
     lines += ["", f"{len(grouped)} cases, {len(results)} benchmarks on {first['gpu'] or 'the CPU, by the wall clock'}"]
     return lines
@@ -121,7 +132,8 @@ def peers(results: Iterable[Mapping[str, Any]], not_timed: Reasons) -> tuple[lis
     results = list(results)
     times = _times(results)
     asked = _beside_peers(times, not_timed)
-    methods = ("triton", *PEER_METHODS, *SDPA_FORMS["op"])
+    given = kernels_among(method for _, method in (*times, *not_timed))
+    methods = (*dict.fromkeys((TRITON["op"], *given)), *PEER_METHODS, *SDPA_FORMS["op"])
     reasons: dict[str, int] = {}
     lines, faster = [], []
     for case in asked:
@@ -153,7 +165,8 @@ def peers_screen(results: Sequence[Mapping[str, Any]], not_timed: Reasons) -> li
         return []
     times = _times(results)
     lines = [f"{'peer':<18}{'family':<9}{'cases':>6}{'geomean':>9}{'lowest':>8}   device time over triton's"]
-    for method in PEER_METHODS:
+    given = kernels_among(method for _, method in times)
+    for method in (*PEER_METHODS, *(name for name in given if name != TRITON["op"])):
         for family in dict.fromkeys(result["family"] for result in results):
             cases = [r["case"] for r in results if (r["method"], r["family"]) == (method, family)]
             if cases:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from ..saved.run import Saved, is_figure
-from ..saved.speedups import TRITON, fastest_sdpa, geomean
-from ..suite.cases import FAMILIES, scope
+from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean
+from ..suite.cases import FAMILIES, kernels_among, scope
 from ..tables import as_csv, as_markdown, printable
 from .screen import peers as side_by_side
 
@@ -65,16 +66,27 @@ def table(saved: Saved) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a heading and a line per family and layout: Triton's speed-ups and share of the limit, geomean (worst)."""
-    lines = [["family", "layout", "cases", "op, device", "op, eager", "op, graph", "core, device", "% of limit (op)"]]
-    for family in FAMILIES:
-        for layout in sorted({r["layout"] for r in rows if r["family"] == family}):
-            of_both = [r for r in rows if (r["family"], r["layout"]) == (family, layout)]
-            op, core = ([r for r in of_both if r["method"] == name] for name in TRITON.values())
+    """Return a heading and a line per kernel, family and layout: speed-ups and share of the limit, geomean (worst)."""
+    lines = [["kernel", "family", "layout", "cases"]]
+    lines[0] += ["op, device", "op, eager", "op, graph", "core, device", "% of limit (op)"]
+    groups = [
+        (family, layout)
+        for family in FAMILIES
+        for layout in sorted({r["layout"] for r in rows if r["family"] == family})
+    ]
+    for kernel, group in product(kernels(rows), groups):
+        of_both = [r for r in rows if (r["family"], r["layout"]) == group]
+        op, core = ([r for r in of_both if r["method"] == name] for name in (kernel, kernel + CORE_SUFFIX))
+        if op or core or kernel == TRITON["op"]:
             speedups = [_spread(op, name) for name in SPEEDUPS]
             cells = [*speedups, _spread(core, "speedup"), _spread(op, "pct_of_limit", "{:.0f} %")]
-            lines.append([family, layout, str(len({r["case"] for r in of_both})), *cells])
+            lines.append([kernel, *group, str(len({r["case"] for r in of_both})), *cells])
     return lines
+
+
+def kernels(rows: Sequence[Row]) -> list[str]:
+    """Return the kernels that have times, ours first."""
+    return kernels_among(row["method"] for row in rows) or [TRITON["op"]]
 
 
 def csv_text(rows: Iterable[Row]) -> str:
@@ -99,15 +111,19 @@ def peers(saved: Saved) -> tuple[list[list[str]], list[str]]:
 
 
 def markdown_text(
-    heading: str, verdict: str, rows: Sequence[Row], beside: Sequence[Sequence[str]] = (), notes: Sequence[str] = ()
+    heading: str,
+    verdicts: Sequence[str],
+    rows: Sequence[Row],
+    beside: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """Return the verdict, the summary, the table of peers with its notes if there is one, and the table in Markdown."""
+    """Return the verdicts, the summary, the peers with their notes if there are any, and the table in Markdown."""
     full = [[heading for heading, _ in COLUMNS.values()], *(cells(row) for row in rows)]
     note = "Speed-ups are over the fastest SDPA form of the same scope; summary: geomean (worst)."
     listed = "\n".join(f"- {printable(each).replace('<', '&lt;')}" for each in notes)
     blocks = [
         f"# {heading}",
-        verdict,
+        *verdicts,
         "## Summary",
         note,
         as_markdown(summary(rows)),

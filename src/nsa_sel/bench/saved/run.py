@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import journal
 from .figures import RunError, calibration, is_figure, is_positive, mapping, short
+from .speedups import kernel_of
 
 IDENTITY = ("gpu", "gpu_id", "driver", "torch", "triton")
 MARK = "nsa_sel"  # key at the top of a saved run under which our own notes stand
@@ -80,6 +81,7 @@ class Run:
     floor_us: float | None = None  # device time of an empty kernel
     read_limit_us: tuple[tuple[float, float], ...] = ()  # (bytes, µs) by rising size
     path: str = ""  # the file that it was read from
+    kernels: Mapping[str, str] = field(default_factory=dict)  # users' kernels: what each name means
 
     @property
     def gpu(self) -> str:
@@ -136,6 +138,7 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
     """
     timings: dict[Key, Timing] = {}
     identities: list[dict[str, str]] = []
+    kernels: dict[str, str] = {}
     for entry in entries:
         extra = entry.get("extra_info") if isinstance(entry, Mapping) else None
         stats = entry.get("stats", entry) if isinstance(entry, Mapping) else None
@@ -153,14 +156,16 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
                 f"{name}: {short(case)} {short(method)} stands twice; remove one of them or measure it again"
             )
         timings[case, method] = timing(case, method, stats, extra, name)
-        identities.append({field: str(extra.get(field) or machine_info.get(field) or "none") for field in IDENTITY})
+        if extra.get("kernel"):
+            kernels[kernel_of(method)] = f"{extra['kernel']}, {extra.get('takes')}"
+        identities.append({key: str(extra.get(key) or machine_info.get(key) or "none") for key in IDENTITY})
     if not timings:
         raise RunError(f"{name}: no benchmark of this suite in it (none has a case and a method); give another file")
     gpus = sorted({identity["gpu"] for identity in identities})
     if len(gpus) > 1:
         raise RunError(f"{name}: mixes the GPUs {', '.join(map(short, gpus))}; measure each in its own run")
     environment = identities[0] | {"gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
-    return Run(name, timings, environment, **calibration(name, machine_info), **more)
+    return Run(name, timings, environment, **calibration(name, machine_info), kernels=kernels, **more)
 
 
 def gpu_name(gpu: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What Triton is compared with: the fastest SDPA form of a case and scope. The screen, report, plots and rule ask here.
+"""What a kernel is compared with: the fastest SDPA form of a case and scope. The screen, report, plots and rule ask.
 
 Source: docs/measuring.md, "Scopes".
 """
@@ -15,7 +15,14 @@ TRITON = {"op": "triton", "core": "triton_core"}
 SDPA_FORMS = {"op": ("packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled"), "core": ("sdpa_core",)}
 EVERY_SDPA_FORM = frozenset(form for forms in SDPA_FORMS.values() for form in forms)
 
+CORE_SUFFIX = "_core"  # of the method that times a kernel, ours or a user's, on rows packed beforehand
+
 Result = Mapping[str, Any]  # of one (case, method): its extra_info, and its times in µs
+
+
+def kernel_of(method: str) -> str:
+    """Return the name of the kernel whose method this is, with or without packing."""
+    return method.removesuffix(CORE_SUFFIX)
 
 
 def fastest_form(times: Mapping[str, float | None], scope: str) -> str | None:

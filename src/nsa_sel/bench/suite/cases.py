@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..saved.speedups import EVERY_SDPA_FORM, SDPA_FORMS, TRITON
+from ..saved.speedups import CORE_SUFFIX, EVERY_SDPA_FORM, SDPA_FORMS, TRITON, kernel_of
 
 BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
 ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
@@ -22,7 +23,6 @@ MATRICES = ("smoke", "hot", "full")
 OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
 CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
 TRITON_METHODS = tuple(TRITON.values())
-CORE_SUFFIX = "_core"
 PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 
 
@@ -105,8 +105,14 @@ def scope(method: str) -> str:
 
 
 def is_kernel(method: str) -> bool:
-    """Tell whether a method is what a commit may change: neither a form of SDPA nor another project's kernel."""
+    """Tell whether a method is what a commit may change, ours or a user's: neither a form of SDPA nor a peer."""
     return method not in EVERY_SDPA_FORM and method not in PEER_METHODS
+
+
+def kernels_among(methods: Iterable[str]) -> list[str]:
+    """Return the kernels that some methods are of, ours first, the others in their order."""
+    found = dict.fromkeys(kernel_of(method) for method in methods if is_kernel(method))
+    return sorted(found, key=lambda name: name != TRITON["op"])
 
 
 def ragged_lengths(case: Case) -> list[int]:

@@ -12,14 +12,20 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ... import spans
-from .cases import CORE_METHODS, CORE_SUFFIX, OP_METHODS, PEER_METHODS, Case
+from ..saved.speedups import CORE_SUFFIX
+from .cases import CORE_METHODS, OP_METHODS, PEER_METHODS, Case, scope
 from .inputs import make_ranges
 
+if TYPE_CHECKING:
+    import pytest
+
 RESERVED = frozenset((*OP_METHODS, *CORE_METHODS, *PEER_METHODS))
+UNSUPPORTED = "unsupported: "  # begins the reason for having no time where the kernel itself gave it
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # part of a benchmark's id, which joins its parts with "-"
 _BLOCKS = re.compile(r"blocks:([1-9][0-9]*)", re.ASCII)
 
@@ -42,30 +48,31 @@ class UserKernel:
     block_size: int = 0
 
     @property
-    def takes(self) -> str:
-        """Return what it takes, as --sel-takes names it."""
-        return f"blocks:{self.block_size}" if self.block_size else "ranges"
+    def about(self) -> str:
+        """Return the spec and what it takes, as a saved run tells the kernel from another of its name."""
+        return f"{self.spec}, {self.takes}"
 
     @property
-    def methods(self) -> tuple[str, str]:
-        """Return its methods: with packing inside the time, and on rows that were packed beforehand."""
-        return self.name, self.name + CORE_SUFFIX
+    def takes(self) -> str:
+        """Return what it takes, as --sel-takes and `block_size` name it."""
+        return f"blocks:{self.block_size}" if self.block_size else "ranges"
+
+    def methods(self, case: Case) -> tuple[str, ...]:
+        """Return its methods in a case: as it is called, and on rows packed beforehand, where SDPA gets them too."""
+        return (self.name,) if case.peers else (self.name, self.name + CORE_SUFFIX)
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
         """Return why the kernel, by its own word, cannot do this call; None if it can."""
         declared = getattr(self.function, "unsupported", None)
         return None if declared is None else declared(q, k, v, ranges)
 
-    def expressible(self, case: Case) -> bool:
-        """Tell whether what the kernel takes can say what the case selects."""
-        if not self.block_size or (case.block and case.block % self.block_size == 0):
-            return True
-        ranges = make_ranges(case)
-        try:
-            spans.ranges_to_blocks(ranges, self.block_size, case.S_kv)
-        except ValueError:
-            return False
-        return True
+    def expressible(self, case: Case, method: str = "") -> bool:
+        """Tell whether what the kernel takes can say what the case selects, and its method on packed rows too.
+
+        A packed row is a context of its own, whose end cuts the last block: as blocks, all rows must have one length.
+        """
+        packed = bool(self.block_size) and scope(method) == "core"
+        return expressible(case, self.block_size) and (case.one_length or not packed)
 
     def ready(
         self,
@@ -104,6 +111,69 @@ class UserKernel:
     ) -> Tensor:
         """Run the kernel; the arguments are those of `ready`."""
         return self.ready(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)()
+
+
+def add_options(add: Callable[..., object]) -> None:
+    """Add --sel-kernel and --sel-takes to a parser, by its `add_argument` or, of pytest's, `addoption`."""
+    add(
+        "--sel-kernel",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION[=NAME]",
+        help="put this kernel, f(q, k, v, ranges, *, scale, min_len, max_len) -> out, under the suite; repeatable",
+    )
+    add(
+        "--sel-takes",
+        action="append",
+        default=[],
+        metavar="[NAME=]blocks:SIZE",
+        help="it takes block numbers in place of ranges, and block_size; without NAME: every kernel given",
+    )
+
+
+def kernels_of(config: pytest.Config) -> tuple[UserKernel, ...]:
+    """Return the kernels that pytest's options name, imported when first asked for: by then a suite has chosen between
+    GPU and interpreter.
+
+    Raises: pytest.UsageError
+    """
+    import pytest
+
+    try:
+        return _parsed(tuple(config.getoption("sel_kernel")), tuple(config.getoption("sel_takes")))
+    except KernelError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@functools.cache
+def _parsed(specs: tuple[str, ...], takes: tuple[str, ...]) -> tuple[UserKernel, ...]:
+    return parse(specs, takes)
+
+
+def methods(case: Case, kernels: Iterable[UserKernel]) -> tuple[str, ...]:
+    """Return every method of a case: its own, then those of the kernels that users bring."""
+    return (*case.methods, *(method for kernel in kernels for method in kernel.methods(case)))
+
+
+@functools.cache
+def expressible(case: Case, size: int) -> bool:
+    """Tell whether blocks of this size, the last cut short only at a token's own position, are what it selects.
+
+    size: 0 is a kernel that takes ranges, which express every case.
+    """
+    if not size or (case.block and case.block % size == 0):
+        return True
+    try:
+        spans.ranges_to_blocks(make_ranges(case), size, case.S_kv)
+    except ValueError:
+        return False
+    return True
+
+
+def block_size(takes: str) -> int:
+    """Return the size of the blocks in the words of --sel-takes, 0 for anything else."""
+    size = _BLOCKS.fullmatch(takes)
+    return int(size[1]) if size else 0
 
 
 def parse(specs: Iterable[str], takes: Iterable[str] = ()) -> tuple[UserKernel, ...]:
@@ -161,8 +231,8 @@ def _block_sizes(takes: Iterable[str], names: Sequence[str]) -> dict[str, int]:
     of_one: dict[str, int] = {}
     for text in takes:
         name, equals, what = text.rpartition("=")
-        size = _BLOCKS.fullmatch(what)
-        if size is None or (equals and not name):
+        size = block_size(what)
+        if not size or (equals and not name):
             raise KernelError(f"--sel-takes {text}: expected blocks:SIZE or NAME=blocks:SIZE, such as blocks:64")
         if equals and name not in names:
             raise KernelError(f"--sel-takes {text}: no kernel {name}; there are: {', '.join(names) or 'none'}")
@@ -171,7 +241,7 @@ def _block_sizes(takes: Iterable[str], names: Sequence[str]) -> dict[str, int]:
         if name in of_one or (not name and of_all):
             raise KernelError(f"--sel-takes {text}: given twice")
         if name:
-            of_one[name] = int(size[1])
+            of_one[name] = size
         else:
-            of_all = dict.fromkeys(names, int(size[1]))
+            of_all = dict.fromkeys(names, size)
     return of_all | of_one

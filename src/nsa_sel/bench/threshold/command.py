@@ -1,4 +1,4 @@
-"""The min-L rule: from which selected length L on Triton is safe to switch on, and writing that decision down."""
+"""The min-L rule: from which selected length L on a kernel is safe to switch on, and writing that decision down."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...config import ConfigError
 from ..saved.run import RunError, Saved
+from ..saved.speedups import TRITON
 from ..suite import cases
 from . import write
 from .rule import ThresholdError, decide
@@ -23,12 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--matrix", choices=cases.MATRICES, default="full", help="the cases that must be there, in each dtype"
     )
+    parser.add_argument(
+        "--kernel", default=TRITON["op"], metavar="NAME", help="the kernel that is judged (default: ours, %(default)s)"
+    )
     parser.add_argument("--apply", action="store_true", help="write the value and its rationale")
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), help="YAML file to write")
     parser.add_argument("--prd", type=Path, default=Path("PRD.md"), help="requirements file to write")
     args = parser.parse_args(argv)
     try:
-        decision = decide([Saved.load(path) for path in args.runs], args.matrix)
+        decision = decide([Saved.load(path) for path in args.runs], args.matrix, args.kernel)
         print(write.as_text(decision))
         if decision.min_L is None:
             if args.apply:

@@ -1,4 +1,4 @@
-"""The min-L rule: from which selected length L on Triton is safe to switch on.
+"""The min-L rule: from which selected length L on a kernel is safe to switch on.
 
 Source: docs/measuring.md, "From which length on".
 """
@@ -14,7 +14,8 @@ from typing import Any
 from ..saved.run import Saved, gpu_name, is_figure
 from ..saved.speedups import SDPA_FORMS, TRITON, fastest_form
 from ..suite import cases
-from ..suite.cases import DTYPES, OP_METHODS, Case
+from ..suite.cases import DTYPES, Case, kernels_among
+from ..suite.kernels import UNSUPPORTED, block_size, expressible
 
 NEEDED_SPEEDUP = 1.2
 REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "decode": "decode", "long": "decode", "prefill": "prefill"}
@@ -40,7 +41,12 @@ class Verdict:
     speedup: float | None = None  # ratio of the medians, worst time and run
     problem: str = ""  # what is missing
     opponent: str = ""  # the SDPA form that the bound is over
-    not_judged: str = ""  # why no SDPA form was timed
+    not_judged: str = ""  # why no SDPA form was timed, or what the kernel itself says that it cannot do
+
+    @property
+    def declared(self) -> bool:
+        """Tell whether the kernel itself said that it cannot do the case."""
+        return UNSUPPORTED in self.not_judged
 
     @property
     def ok(self) -> bool:
@@ -110,13 +116,14 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Decision:
-    """Hold every threshold of one GPU and the value that is switched on."""
+    """Hold every threshold of one GPU and kernel, and the value that is switched on."""
 
     gpu: str
     date: str  # of the newest run, YYYY-MM-DD
     matrix: str
     runs: tuple[Saved, ...]
     thresholds: tuple[Threshold, ...]
+    kernel: str = TRITON["op"]
 
     @property
     def deciding(self) -> list[Threshold]:
@@ -153,12 +160,16 @@ class Decision:
         return max(blocked, key=lambda t: math.inf if t.min_L is None else t.min_L)
 
 
-def decide(saved: Sequence[Saved], matrix: str = "full") -> Decision:
+def decide(saved: Sequence[Saved], matrix: str = "full", kernel: str = TRITON["op"]) -> Decision:
     """Apply the min-L rule to saved runs of one GPU; runs may repeat a matrix or hold chunks of it.
 
-    Raises: ThresholdError without GPU figures, with planted slow-downs, or for runs that differ in GPU or versions.
+    kernel: ours, or a user's by its name; of the latter's cases those count that what it takes can express.
+
+    Raises: ThresholdError without GPU figures, with planted slow-downs, for runs that differ in GPU, versions or in
+        what the kernel is, or for a kernel that is in none of them.
     """
     gpu = _one_machine(saved)
+    size = block_size(_takes(saved, kernel))
     dtypes = sorted({str(extra.get("dtype")) for one in saved for extra in one.extras.values()} & set(DTYPES))
     if any("planted" in extra for one in saved for extra in one.extras.values()):
         raise ThresholdError("a run has planted slow-downs, which test the comparison; measure without --sel-plant")
@@ -166,33 +177,54 @@ def decide(saved: Sequence[Saved], matrix: str = "full") -> Decision:
         raise ThresholdError(f"{saved[0].run.name}: no benchmark in it names a dtype of {', '.join(DTYPES)}")
     thresholds = []
     for dtype in dtypes:
-        expected = cases.matrix(matrix, dtype)
+        expected = [case for case in cases.matrix(matrix, dtype) if expressible(case, size)]
         for launch in LAUNCHES:
-            verdicts = judge(expected, saved, launch)
+            verdicts = judge(expected, saved, launch, kernel)
             for regime in REGIMES:
                 of_regime = tuple(v for v in verdicts if v.regime == regime)
                 if of_regime:
                     thresholds.append(Threshold(regime, launch, dtype, of_regime))
-    return Decision(gpu, max(one.run.datetime for one in saved)[:10], matrix, tuple(saved), tuple(thresholds))
+    date = max(one.run.datetime for one in saved)[:10]
+    return Decision(gpu, date, matrix, tuple(saved), tuple(thresholds), kernel)
 
 
-def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str) -> list[Verdict]:
+def kernels(saved: Sequence[Saved]) -> list[str]:
+    """Return the kernels that the runs were asked for, ours first."""
+    return kernels_among(method for one in saved for _, method in (*one.extras, *one.not_timed))
+
+
+def _takes(saved: Sequence[Saved], kernel: str) -> str:
+    """Return what the kernel takes.
+
+    Raises: ThresholdError if no run has it, or it is not the same in all.
+    """
+    known = kernels(saved)
+    if kernel not in (TRITON["op"], *known):
+        names = ", ".join(known) or "none"
+        raise ThresholdError(f"--kernel: value is {kernel!r}, expected one that the runs have: {names}")
+    found = {about: one.run.name for one in saved if (about := one.run.kernels.get(kernel))}
+    if len(found) > 1:
+        shown = ", ".join(f"{about} ({name})" for about, name in found.items())
+        raise ThresholdError(f"the runs differ in what {kernel} is: {shown}")
+    return next(iter(found), "").rpartition(", ")[2]
+
+
+def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str, kernel: str = TRITON["op"]) -> list[Verdict]:
     """Return the verdict of every expected case under one launch ("eager", "graph" or "device").
 
     Within a family every case must have been asked for as often as the one asked for most: a case that dropped out of
     one of two full runs is missing, while a family that a chunk leaves out altogether is not.
     """
-    asked_for = [
-        (one, {case for case, method in (*one.extras, *one.not_timed) if method in OP_METHODS}) for one in saved
-    ]
+    methods = kernel, *SDPA_FORMS["op"]
+    asked_for = [(one, {case for case, method in (*one.extras, *one.not_timed) if method in methods}) for one in saved]
     holding = {c.id: [one for one, asked in asked_for if c.id in asked] for c in expected}
     most: dict[str, int] = {}
     for c in expected:
         most[c.family] = max(most.get(c.family, 0), len(holding[c.id]))
-    return [_judge_case(c, holding[c.id], most[c.family], launch) for c in expected]
+    return [_judge_case(c, holding[c.id], most[c.family], launch, kernel) for c in expected]
 
 
-def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) -> Verdict:
+def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str, kernel: str) -> Verdict:
     def verdict(**found: Any) -> Verdict:
         return Verdict(case.id, REGIME_OF_FAMILY[case.family], case.L, case.longest, **found)
 
@@ -202,7 +234,7 @@ def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) ->
         return verdict(problem=f"measured in {len(holding)} of {most} runs")
     bounds, speedups, not_judged = [], [], ""
     for one in holding:
-        methods = [m for m in OP_METHODS if m in case.methods or (case.id, m) in one.extras]
+        methods = [kernel, *(m for m in SDPA_FORMS["op"] if m in case.methods or (case.id, m) in one.extras)]
         timed = [m for m in methods if (case.id, m) in one.extras]
         refused = {m: one.not_timed[case.id, m] for m in methods if m not in timed and (case.id, m) in one.not_timed}
         for method in methods:
@@ -211,9 +243,12 @@ def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) ->
         if not set(timed) & set(SDPA_FORMS["op"]):
             not_judged = _why({m: why for m, why in refused.items() if m in SDPA_FORMS["op"]})
             continue
-        if TRITON["op"] in refused:
-            return verdict(problem=f"{TRITON['op']} has no time in {one.run.name}: {refused[TRITON['op']]}")
-        if not is_figure(one.extras[case.id, TRITON["op"]].get("mae")):
+        if kernel in refused and refused[kernel].startswith(UNSUPPORTED):
+            not_judged = f"{kernel}: {refused[kernel]}"
+            continue
+        if kernel in refused:
+            return verdict(problem=f"{kernel} has no time in {one.run.name}: {refused[kernel]}")
+        if not is_figure(one.extras[case.id, kernel].get("mae")):
             return verdict(problem=f"no parity figure (mae) in {one.run.name}")
         for kind in LAUNCHES[launch]:
             times = {}
@@ -222,7 +257,7 @@ def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) ->
                 if time is None:
                     return verdict(problem=f"{method} has no {kind} time in {one.run.name}")
                 times[method] = time
-            median, _, upper = times[TRITON["op"]]
+            median, _, upper = times[kernel]
             form, us = _fastest_sdpa({method: lower for method, (_, lower, _) in times.items()})
             bounds.append((us / upper, form))
             speedups.append(_fastest_sdpa({method: us for method, (us, _, _) in times.items()})[1] / median)

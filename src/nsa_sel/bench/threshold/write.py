@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...config import SelConfig
 from ..saved.run import Saved
-from ..saved.speedups import geomean
+from ..saved.speedups import TRITON, geomean
 from ..tables import as_markdown, replace_file
 from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, ThresholdError, Verdict
 
@@ -31,6 +31,8 @@ def apply(decision: Decision, config: Path, prd: Path) -> list[Path]:
 
     Raises: ThresholdError if the decision is null, ruamel.yaml is missing, or a file does not have the expected form.
     """
+    if decision.kernel != TRITON["op"]:
+        raise ThresholdError(f"--apply: the configuration is of this package's kernel, and not of {decision.kernel}")
     if decision.min_L is None:
         raise ThresholdError(f"{decision.gpu}: the data supports no threshold; nothing is written")
     changes = {
@@ -45,9 +47,10 @@ def apply(decision: Decision, config: Path, prd: Path) -> list[Path]:
 
 def sentence(decision: Decision) -> str:
     """Return the verdict in one sentence, followed by who the opponent was and how many cases were not judged."""
+    kernel = shown(decision.kernel)
     if decision.min_L is not None:
         return (
-            f"On {decision.gpu}, Triton is safe to switch on from L = {decision.min_L}: at every tested length from "
+            f"On {decision.gpu}, {kernel} is safe to switch on from L = {decision.min_L}: at every tested length from "
             f"there on, it is at least {NEEDED_SPEEDUP}x as fast as the fastest SDPA form, on the device and per call."
             f"{_opponents(decision)}"
         )
@@ -57,8 +60,13 @@ def sentence(decision: Decision) -> str:
     regimes = ", ".join(dict.fromkeys(t.regime for t in blocked))
     return (
         f"On {decision.gpu}, these runs support no threshold ({regimes}: {missing} missing cases, {too_slow} below "
-        f"{NEEDED_SPEEDUP}x), so Triton stays off by default.{_opponents(decision)}"
+        f"{NEEDED_SPEEDUP}x), so {kernel} stays off by default.{_opponents(decision)}"
     )
+
+
+def shown(kernel: str) -> str:
+    """Return how sentences call a kernel."""
+    return "Triton" if kernel == TRITON["op"] else kernel
 
 
 def _opponents(decision: Decision) -> str:
@@ -68,13 +76,17 @@ def _opponents(decision: Decision) -> str:
         (first, n), *others = counts
         listed = [f"packed SDPA {FORMS[first]} in {n} cases", *(f"{FORMS[form]} in {n}" for form, n in others)]
         said = f" The opponent was {', '.join(listed)}."
-    n = len(decision.not_judged)
-    return said + (f" Not judged, because no SDPA form ran: {n} case{'s' if n > 1 else ''}." if n else "")
+    for why in ("because no SDPA form ran", f"because {decision.kernel} does not support them"):
+        declared = why.endswith("them")
+        if n := sum(v.declared == declared for v in decision.not_judged):
+            said += f" Not judged, {why}: {n} case{'s' if n > 1 else ''}."
+    return said
 
 
 def as_text(decision: Decision, longest_list: int = 20) -> str:
     """Return the decision for a terminal: a line per threshold, the verdict, and what stands in its way."""
-    lines = [f"{decision.gpu}, {decision.date}, matrix {decision.matrix}, {len(decision.runs)} run(s)"]
+    of = "" if decision.kernel == TRITON["op"] else f"{decision.kernel} on "
+    lines = [f"{of}{decision.gpu}, {decision.date}, matrix {decision.matrix}, {len(decision.runs)} run(s)"]
     lines.append(
         f"{'regime':<9}{'launch':<8}{'dtype':<7}{'min-L':>6}{'cases':>7}{'slow':>6}{'missing':>9}{'not judged':>12}"
         "  decided by"
@@ -95,9 +107,9 @@ def as_text(decision: Decision, longest_list: int = 20) -> str:
 
 def _listed(title: str, verdicts: Sequence[Verdict], longest_list: int) -> list[str]:
     """Return a title and a line per verdict, the longest cases first."""
-    shown = sorted(verdicts, key=lambda v: (-v.L, v.case))
-    more = [f"  and {len(shown) - longest_list} more"] if len(shown) > longest_list else []
-    return [f"{title}{':' if shown else ''}", *(f"  {verdict}" for verdict in shown[:longest_list]), *more]
+    first = sorted(verdicts, key=lambda v: (-v.L, v.case))
+    more = [f"  and {len(first) - longest_list} more"] if len(first) > longest_list else []
+    return [f"{title}{':' if first else ''}", *(f"  {verdict}" for verdict in first[:longest_list]), *more]
 
 
 def prd_section(decision: Decision) -> str:
