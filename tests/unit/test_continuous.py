@@ -25,6 +25,7 @@ from nsa_sel.bench.methods.prepare import prepare
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.timing import WallTimer
 from nsa_sel.bench.tune.log import Progress
 
@@ -612,8 +613,12 @@ def test_the_cases_are_chosen_by_matrix_and_texts():
         worker.choose("smoke", "bf16", None, ["no such"])
 
 
-def packed(q, k, v, ranges, *, min_len, max_len):
-    return nsa_sel.reference.packed_sdpa(q, k, v, ranges, min_len=min_len, max_len=max_len)
+def packed(q, k, v, ranges, *, scale, min_len, max_len):
+    return nsa_sel.reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+
+
+def in_place_of_ours(function):
+    return UserKernel("triton", "", function)
 
 
 @pytest.fixture
@@ -628,21 +633,21 @@ def state():
 
 @pytest.mark.parametrize("method", ["triton", "triton_core"])
 def test_a_given_kernel_is_called_and_judged_by_the_gate(state, method):
-    assert check(state, prepare(state, method, packed)) < 1e-3
+    assert check(state, prepare(state, method, {"triton": in_place_of_ours(packed)})) < 1e-3
 
     def wrong(q, k, v, ranges, **lengths):
-        return packed(q, k, v, ranges.clamp(max=3), min_len=None, max_len=None)
+        return packed(q, k, v, ranges.clamp(max=3), **lengths | {"min_len": None, "max_len": None})
 
     with pytest.raises(WrongResult, match="rows are bad"):
-        check(state, prepare(state, method, wrong))
+        check(state, prepare(state, method, {"triton": in_place_of_ours(wrong)}))
 
 
 def test_a_worker_times_a_right_kernel_and_says_why_another_has_no_time(state, monkeypatch):
     monkeypatch.setattr(Session, "state", lambda self, case: state)
 
     def measured(kernel, method):
-        answer = worker.Worker(kernel, [state.case]).answer({"do": "measure", "case": state.case.id, "method": method})
-        return json.loads(json.dumps(answer))
+        request = {"do": "measure", "case": state.case.id, "method": method}
+        return json.loads(json.dumps(worker.Worker([in_place_of_ours(kernel)], [state.case]).answer(request)))
 
     def broken(*arguments, **lengths):
         raise RuntimeError("the kernel does not\ncompile")
@@ -759,6 +764,56 @@ def _processes_in(folder):
             if os.readlink(link).startswith(str(folder)):
                 found.append(int(link.parts[2]))
     return found
+
+
+MINE = """
+from nsa_sel import reference
+
+def f(q, k, v, ranges, *, scale, min_len, max_len):
+    return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
+"""
+
+
+def test_two_commits_of_another_repository_are_measured_by_their_kernel(tmp_path, temporary):
+    folder = tmp_path / "theirs"
+    (folder / "src").mkdir(parents=True)
+    git(folder, "init", "--quiet")
+    (folder / "kernels.py").write_text("from theirs import f\n")
+    (folder / "src/theirs.py").write_text(MINE)
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "right")
+    (folder / "src/theirs.py").write_text(MINE.replace("ranges, scale", "ranges + 1, scale"))  # wrong
+    (folder / "new.py").touch()
+    before = everything(folder)
+    work = tmp_path / "work"
+    work.mkdir()
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary), "PYTHONPATH": str(PACKAGE.parent)}
+
+    def continuous(*arguments):
+        command = [sys.executable, "-m", "nsa_sel", "continuous", "HEAD", "--repo", str(folder), "--rounds", "1"]
+        command += ["-k", "L64-N64-few", "--sel-family", "rows", *arguments]
+        return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=120)
+
+    done = continuous("--sel-kernel", "kernels:f=mine")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no GPU: no verdict" in done.stdout and "-dirty (4)" in done.stdout
+    assert "mine: WrongResult: rows-bf16-H4-D64-Dv64-L64-N64-few, 64 of its rows: MAE" in done.stdout
+    old, new = sorted(work.glob(".benchmarks/*-cpu/*.json"))
+    assert {method for _, method in runs.load(old).timings} == {"mine", "mine_core", "sdpa_core"}
+    assert runs.load(old).kernels == {"mine": "kernels:f, ranges"}
+    assert {method for _, method in runs.load(new).timings} == {"sdpa_core"}
+    about = json.loads(new.read_text())["commit_info"]
+    assert (about["project"], about["dirty"]) == ("theirs", True)
+
+    for arguments, said in (
+        (["--sel-kernel", "kernels:g"], "--sel-kernel kernels:g: kernels has no g"),
+        (["--sel-kernel", "new:f"], "--sel-kernel new:f: new has no f"),
+        (["--sel-kernel", "json:dumps"], "the kernel was imported from"),
+        (["--sel-kernel", "kernels:f", "--sel-takes", "blocks:48"], "--sel-takes: f takes blocks:48"),
+    ):
+        done = continuous(*arguments)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert everything(folder) == before and not list(temporary.iterdir())
 
 
 def test_the_verb_is_one_of_the_command_line():

@@ -15,7 +15,7 @@ from ..compare.rule import compare, confirm, to_measure_again
 from ..compare.yardstick import Machine
 from ..saved import storage
 from ..saved.run import MARK, RunError, gpu_name, load, read_json
-from ..suite import cases
+from ..suite import cases, kernels
 from ..tables import printable, replace_file
 from ..tune.log import Progress
 from . import saving, trees
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = args.base_dir, args.head_dir
     if any(folders) != all(folders) or (args.base is None) != all(folders) or (args.repo and any(folders)):
         parser.error("give BASE [HEAD], or both --base-dir and --head-dir")
+    if args.sel_takes and not args.sel_kernel:
+        parser.error("--sel-takes: is said of a kernel; give --sel-kernel MODULE:FUNCTION")
     if args.rounds < 1:
         parser.error(f"--rounds: value is {args.rounds}, expected at least 1")
     try:
@@ -59,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _opened(args: argparse.Namespace) -> AbstractContextManager[Trees]:
+    foreign = bool(args.sel_kernel)
     if args.base_dir:
-        return trees.of_folders(args.base_dir, args.head_dir)
-    return trees.of_commits(args.repo or Path(), args.base, args.head)
+        return trees.of_folders(args.base_dir, args.head_dir, foreign)
+    return trees.of_commits(args.repo or Path(), args.base, args.head, foreign)
 
 
 @contextmanager
@@ -82,7 +85,10 @@ def _signals() -> Iterator[None]:
 def _compared(args: argparse.Namespace, both: Trees) -> int:
     """Measure both trees, save their runs, and print the verdict; return the exit code."""
     base, head = both.base, both.head
-    choice = {"matrix": args.sel_matrix, "dtype": args.sel_dtype, "family": args.sel_family, "texts": args.k}
+    choice: dict[str, Any] = {"matrix": args.sel_matrix, "dtype": args.sel_dtype, "family": args.sel_family}
+    choice["texts"] = args.k
+    if args.sel_kernel:
+        choice["kernels"] = [args.sel_kernel, args.sel_takes]
     course = Course(both, choice, Progress(), Process)
     print(f"{base.name} -> {head.name} on {gpu_name(course.machine['gpu'])}: {len(course.cases)} cases", flush=True)
     if both.note:
@@ -109,7 +115,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
         print(comparison.text())
         code = comparison.exit_code
     else:
-        print("references only: no verdict")
+        print(f"{'no GPU' if args.sel_kernel else 'references only'}: no verdict")
         code = 0
     kept.finish()
     failures = [_failures(tree, [pair[side] for pair in kept.pairs.values()]) for side, tree in enumerate((base, head))]
@@ -145,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nsa-sel continuous",
         description="Did a commit make the kernel slower? Measures two commits in turns on this card, in fresh"
-        " processes, by the suite of HEAD; the checkout stays as it is.",
+        " processes, by the suite of HEAD; the checkout stays as it is. With --sel-kernel of any repository.",
         epilog="exit code: 0 nothing got slower, or no GPU; 1 slower, or a kernel of HEAD fails; 2 cannot be measured;"
         " 3 only suspects",
     )
@@ -154,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: hot, smoke on a CPU)")
     parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
     parser.add_argument("--sel-family", metavar="NAMES", help="only these families, with commas")
+    kernels.add_options(parser.add_argument)
     parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, metavar="N", help=f"processes of each commit (default: {ROUNDS})"

@@ -52,7 +52,14 @@ class Course:
     def about(self, rounds: int) -> dict[str, Any]:
         """Return what a course that was ended and one that goes on must have in common."""
         prints = {"BASE": self.trees.base.fingerprint(), "HEAD": self.trees.head.fingerprint()}
-        return {**prints, **{name: self.machine[name] for name in IDENTITY}, "rounds": rounds, "cases": self.pieces()}
+        kernels = self.choice.get("kernels")
+        return {
+            **prints,
+            **{name: self.machine[name] for name in IDENTITY},
+            "kernels": kernels,
+            "rounds": rounds,
+            "cases": self.pieces(),
+        }
 
     def run(self, rounds: int, kept: Kept) -> None:
         """Measure every piece that is not yet kept, and keep it."""
@@ -117,6 +124,8 @@ class Course:
         return self.machines[tree.root]
 
     def _calibrated(self, process: Process) -> None:
+        if "error" in process.said:
+            raise CourseError(f"{process.tree.name}: {process.said['error']}")
         machine = process.said["machine"]
         for name in IDENTITY:
             if machine[name] != self.machine[name]:
@@ -125,8 +134,11 @@ class Course:
         self.machines.setdefault(process.tree.root, {**machine, "calibration": calibration})
 
     def _compile(self, keys: Sequence[Key]) -> None:
-        """Compile the kernels of both trees side by side, into the cache on disk where each process finds them."""
-        if not self.on_gpu or not keys:
+        """Compile the kernels of both trees side by side, into the cache on disk where each process finds them.
+
+        Users' kernels are compiled when they are first called: nothing is known of what they make of blank tensors.
+        """
+        if not self.on_gpu or not keys or self.choice.get("kernels"):
             return
         each = max(1, min(len(os.sched_getaffinity(0)), MOST_COMPILERS) // 2)
         self.progress.out.write(f"compiling the kernels of both with {2 * each} processes\n")

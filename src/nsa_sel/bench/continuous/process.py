@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .trees import MEASURED, SUITE, Tree
+from .trees import MEASURED, RUNNING, SUITE, Tree
 
 ANSWER_S = 300.0  # for one answer: compiling a kernel and measuring take seconds, importing torch from a cold disk more
 WORKER = f"{SUITE}.{__package__.partition('.')[2]}.worker"
@@ -49,9 +49,10 @@ class Process:
         """Raises: ProcessLost if it could not start, or imported another package than the tree's."""
         if self._said is None:
             said = self.answer()
-            package = Path(said["package"]).resolve()
-            if package != self.tree.package.resolve():
-                raise ProcessLost(f"{MEASURED} was imported from {package}, expected {self.tree.package}")
+            package = Path(said.get("package", self.tree.package)).resolve()  # none: it says why it cannot measure
+            if not package.is_relative_to(self.tree.package.resolve()):
+                what = "the kernel" if self.tree.foreign else MEASURED
+                raise ProcessLost(f"{what} was imported from {package}, expected {self.tree.package}")
             self._said = said
         return self._said
 
@@ -106,5 +107,7 @@ def environment(tree: Tree, suite: Path) -> dict[str, str]:
     """Return the environment of a measuring process: toggles are the tree's own, and nothing is written into it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NSA_")}
     kept.pop("TRITON_INTERPRET", None)  # the interpreter is never timed
-    path = os.pathsep.join((str(tree.package.parent), str(suite)))
-    return {**kept, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = [*tree.paths, suite]
+    if tree.foreign:  # a kernel may use this package
+        paths.append(RUNNING.parent)
+    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1"}

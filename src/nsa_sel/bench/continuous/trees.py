@@ -20,6 +20,7 @@ MEASURED = "nsa_sel"  # the package that a tree holds under src/
 SUITE = f"{MEASURED}_suite"  # the name under which the suite's copy is imported beside it
 WORKER = Path("bench/continuous/worker.py")
 COPIED = ("src", "configs")  # of a working tree: the package, and the toggles that it reads where it runs
+RUNNING = Path(__file__).parents[len(WORKER.parts) - 1]  # this package
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # Set inside a git hook, where they would make every command below work on the caller's own index.
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
@@ -31,25 +32,35 @@ class TreeError(ValueError):
 
 @dataclass(frozen=True)
 class Tree:
-    """Hold an unpacked tree: its short name, where it lies, and what a saved run says of its commit."""
+    """Hold an unpacked tree: its short name, where it lies, and what a saved run says of its commit.
+
+    foreign: it is of another repository than this package's, whose kernels are measured by the running suite.
+    """
 
     name: str
     root: Path
     commit: Mapping[str, Any]
+    foreign: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.package / "__init__.py").is_file():
+        if not self.foreign and not (self.package / "__init__.py").is_file():
             raise TreeError(f"{self.name}: has no src/{MEASURED}; give a commit or a folder that has it")
 
     @property
     def package(self) -> Path:
-        return self.root / "src" / MEASURED
+        """Return the folder that what is measured is imported from."""
+        return self.root if self.foreign else self.root / "src" / MEASURED
+
+    @property
+    def paths(self) -> list[Path]:
+        """Return what comes first on the path of a measuring process."""
+        return [self.root, self.root / "src"] if self.foreign else [self.package.parent]
 
     def fingerprint(self) -> str:
         """Return a hash of the package's files, which tells uncommitted changes and unpacked folders apart too."""
         found = hashlib.sha256()
         for path in sorted(self.package.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and not {"__pycache__", ".git"} & set(path.relative_to(self.package).parts):
                 found.update(f"{path.relative_to(self.package)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
         return found.hexdigest()[:16]
 
@@ -65,14 +76,14 @@ class Trees:
 
 
 @contextmanager
-def of_commits(repository: Path, base: str, head: str | None) -> Iterator[Trees]:
+def of_commits(repository: Path, base: str, head: str | None, foreign: bool = False) -> Iterator[Trees]:
     """Yield worktrees of two commits in a temporary folder, and remove them whatever happens.
 
-    head: None is the working tree as it is, copied with its uncommitted changes.
+    head: None is the working tree as it is, copied with its uncommitted changes. foreign: as in `Tree`.
 
     Raises: TreeError.
     """
-    git = Git(repository)
+    git = Git(repository, foreign)
     with _temporary_folder() as folder, ExitStack() as stack:
         old = stack.enter_context(git.worktree(base, folder / "base"))
         new = stack.enter_context(git.worktree(head, folder / "head")) if head else git.copy(folder / "head")
@@ -80,30 +91,35 @@ def of_commits(repository: Path, base: str, head: str | None) -> Iterator[Trees]
 
 
 @contextmanager
-def of_folders(base: Path, head: Path) -> Iterator[Trees]:
-    """Yield two unpacked trees, which are read where they lie.
+def of_folders(base: Path, head: Path, foreign: bool = False) -> Iterator[Trees]:
+    """Yield two unpacked trees, which are read where they lie. foreign: as in `Tree`.
 
     Raises: TreeError.
     """
     with _temporary_folder() as folder:
-        yield _with_suite(_folder(base), _folder(head), folder / "suite")
+        yield _with_suite(_folder(base, foreign), _folder(head, foreign), folder / "suite")
 
 
-def _folder(path: Path) -> Tree:
-    return Tree(path.resolve().name, path.resolve(), _commit_info("unversioned"))
+def _folder(path: Path, foreign: bool) -> Tree:
+    return Tree(path.resolve().name, path.resolve(), _commit_info("unversioned"), foreign)
 
 
 def _with_suite(base: Tree, head: Tree, folder: Path) -> Trees:
     """Copy HEAD's package under another name; where HEAD is older than this verb, the running package."""
     package, note = head.package, ""
-    if not (package / WORKER).is_file():
-        package = Path(__file__).parents[len(WORKER.parts) - 1]
+    if head.foreign or not (package / WORKER).is_file():
+        package = RUNNING
+    if not head.foreign and package == RUNNING:
         note = f"{head.name} is older than this command: both are measured by the suite that runs it"
     _copy(package, folder / SUITE)
     return Trees(base, head, folder, note)
 
 
 def _copy(source: Path, target: Path) -> None:
+    if source.is_symlink() or source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target, follow_symlinks=False)
+        return
     shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
 
 
@@ -140,8 +156,8 @@ def undisturbed() -> Iterator[None]:
 class Git:
     """Ask one repository, and change nothing of it but its list of worktrees."""
 
-    def __init__(self, repository: Path) -> None:
-        self.folder = repository
+    def __init__(self, repository: Path, foreign: bool = False) -> None:
+        self.folder, self.foreign = repository, foreign
         self.folder = Path(self.ask("rev-parse", "--show-toplevel"))
 
     def ask(self, *arguments: str) -> str:
@@ -171,7 +187,8 @@ class Git:
         except TreeError:
             raise TreeError(f"{name}: no commit of {self.folder}; see git log, or give --repo DIR") from None
         time, author_time = self.ask("show", "-s", "--format=%cI%n%aI", found).splitlines()
-        return _commit_info(found, time=time, author_time=author_time)
+        project = {"project": self.folder.name} if self.foreign else {}
+        return _commit_info(found, time=time, author_time=author_time, **project)
 
     @contextmanager
     def worktree(self, name: str, folder: Path) -> Iterator[Tree]:
@@ -181,7 +198,7 @@ class Git:
             with undisturbed():
                 stack.callback(self._remove, folder)
                 self.ask("worktree", "add", "--quiet", "--detach", str(folder), commit["id"])
-            yield Tree(commit["id"][:7], folder, commit)
+            yield Tree(commit["id"][:7], folder, commit, self.foreign)
 
     def _remove(self, folder: Path) -> None:
         with undisturbed():
@@ -195,13 +212,22 @@ class Git:
     def copy(self, folder: Path) -> Tree:
         """Return a copy of the working tree as it is; its name ends in -dirty where that is not its last commit."""
         commit = self.commit("HEAD")
-        present = [name for name in COPIED if (self.folder / name).is_dir()]
-        dirty = bool(self.ask("status", "--porcelain", "--", *present))
+        if self.foreign:
+            present = self._files()
+            dirty = bool(self.ask("status", "--porcelain"))
+        else:
+            present = [name for name in COPIED if (self.folder / name).is_dir()]
+            dirty = bool(self.ask("status", "--porcelain", "--", *present))
         for name in present:
             _copy(self.folder / name, folder / name)
         branch = self.ask("rev-parse", "--abbrev-ref", "HEAD")
         commit |= {"dirty": dirty, "branch": "(detached head)" if branch == "HEAD" else branch}
-        return Tree(commit["id"][:7] + ("-dirty" if dirty else ""), folder, commit)
+        return Tree(commit["id"][:7] + ("-dirty" if dirty else ""), folder, commit, self.foreign)
+
+    def _files(self) -> list[str]:
+        """Return what the working tree has of tracked files, and of others that are not ignored."""
+        listed = self.ask("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+        return [name for name in dict.fromkeys(listed) if name and os.path.lexists(self.folder / name)]
 
 
 def _commit_info(commit: str, **more: Any) -> dict[str, Any]:

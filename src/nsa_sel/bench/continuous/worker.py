@@ -1,7 +1,7 @@
 """One measuring process: the suite in which this module lies times the package whose name it is given.
 
 It writes one line when it has started and one for each line that it reads, both JSON, and ends with its input. Of the
-measured package it uses only the public `selection_attention`.
+measured package it uses only the public `selection_attention`; users' kernels, if any are given, are measured instead.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Any
 import torch
 
 from ..methods.contender import NotTimed
-from ..methods.prepare import Kernel
-from ..saved.speedups import SDPA_FORMS, TRITON
+from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, kernel_of
 from ..session import Session
 from ..suite import cases
 from ..suite.cases import Case
+from ..suite.kernels import UserKernel, parse
 from ..timer import timing
 from ..timer.machine import environment
 
-# The kernel in both scopes, and SDPA on packed rows: what no commit changes shows how far the machine itself moved.
-METHODS = (TRITON["op"], TRITON["core"], *SDPA_FORMS["core"])
+YARDSTICK = SDPA_FORMS["core"]  # what no commit changes shows how far the machine itself moved
 
 
 def choose(matrix: str | None, dtype: str, family: str | None, texts: Sequence[str]) -> list[Case]:
@@ -42,16 +41,33 @@ def choose(matrix: str | None, dtype: str, family: str | None, texts: Sequence[s
     return chosen
 
 
-class Worker:
-    """Answer requests about the chosen cases."""
+def pairs(chosen: Sequence[Case], kernels: Sequence[UserKernel]) -> dict[str, list[str]]:
+    """Return the methods to be measured by case: each kernel's, where it can express the case, and the yardstick.
 
-    def __init__(self, kernel: Kernel, chosen: Sequence[Case]) -> None:
-        self.kernel, self.cases = kernel, {case.id: case for case in chosen}
+    Raises: ValueError if no kernel can express any of the cases.
+    """
+    found = {}
+    for case in chosen:
+        ours = [m for kernel in kernels for m in kernel.methods(case) if kernel.expressible(case, m)]
+        if ours:
+            found[case.id] = [*ours, *(m for m in YARDSTICK if m in case.methods)]
+    if not found:
+        takes = ", ".join(f"{kernel.name} takes {kernel.takes}" for kernel in kernels)
+        raise ValueError(f"--sel-takes: {takes}, expected what one of the cases can be said in")
+    return found
+
+
+class Worker:
+    """Answer requests about the chosen cases. kernels: what is measured."""
+
+    def __init__(self, kernels: Sequence[UserKernel], chosen: Sequence[Case]) -> None:
+        self.kernels = {kernel.name: kernel for kernel in kernels}
+        self.cases = {case.id: case for case in chosen}
 
     @functools.cached_property
     def session(self) -> Session:
         """Return the session, which calibrates itself when it is first needed."""
-        return Session(kernel=self.kernel)
+        return Session(kernels=self.kernels)
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a request asks for: `calibrate`, `compile` or `measure`."""
@@ -66,8 +82,8 @@ class Worker:
         from ..precompile import blank  # needs Triton
 
         try:
-            x = blank(self.cases[case], method == TRITON["core"], "cuda")
-            self.kernel(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+            x = blank(self.cases[case], method.endswith(CORE_SUFFIX), "cuda")
+            self.kernels[kernel_of(method)](x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
             torch.cuda.synchronize()
         except Exception:  # its measurement will say why
             return False
@@ -89,24 +105,44 @@ class Worker:
 
 
 def serve(name: str, choice: Mapping[str, Any]) -> None:
-    """Measure the package `name` for as long as there are requests on standard input."""
+    """Measure the package `name` for as long as there are requests on standard input.
+
+    choice: the arguments of `choose`; and `kernels`, the values of --sel-kernel and --sel-takes, to measure those.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a compiler prints is no answer
 
     def say(answer: Mapping[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    package = importlib.import_module(name)
-    first = {"package": str(Path(package.__file__ or "").parent), "machine": environment()}
+    first: dict[str, Any] = {"machine": environment()}
+    options = dict(choice)
     try:
-        chosen = choose(**choice)
+        kernels, first["package"] = _kernels(name, options.pop("kernels", None))
+        chosen = choose(**options)
+        asked = pairs(chosen, kernels)
     except ValueError as error:
         say({**first, "error": str(error)})
         return
-    say({**first, "cases": [[case.id, [m for m in METHODS if m in case.methods]] for case in chosen]})
-    worker = Worker(functools.partial(package.selection_attention, backend="triton"), chosen)
+    say({**first, "cases": list(asked.items())})
+    worker = Worker(kernels, chosen)
     for line in sys.stdin:
         say(worker.answer(json.loads(line)))
+
+
+def _kernels(name: str, given: tuple[list[str], list[str]] | None) -> tuple[tuple[UserKernel, ...], str]:
+    """Return the kernels to be measured, and where the code lies that a commit changes.
+
+    Raises: ValueError
+    """
+    if given is None:
+        package = importlib.import_module(name)
+        function = functools.partial(package.selection_attention, backend="triton")
+        return (UserKernel(TRITON["op"], "", function),), str(Path(package.__file__ or "").parent)
+    kernels = parse(*given)
+    files = [sys.modules[kernel.spec.partition(":")[0]].__file__ or "" for kernel in kernels]
+    of_the_tree = [file for file in files if Path(file).resolve().is_relative_to(Path.cwd().resolve())]
+    return kernels, (of_the_tree or files)[0]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ... import reference, spans
 from ..suite import gate
 from ..suite.cases import Case
-from ..suite.inputs import TORCH_DTYPES, Inputs, make_inputs, memory_estimate, traffic
+from ..suite.inputs import Inputs, make_inputs, memory_estimate, traffic
 from ..timer.timing import Call, DeviceTimer, WallTimer
 
 PARITY_ROWS = 64
@@ -164,12 +164,12 @@ def check(state: CaseState, prepared: Prepared) -> float:
         WrongResult: the gate's message, and how to see it again.
     """
     rows, oracle, packed = prepared.expected or state.expected
-    case, dtype = state.case, TORCH_DTYPES[state.case.dtype]
+    case, q = state.case, state.inputs.q
     with prepared.guard():
         # The memory that the call gets for its result must not hold an earlier, right one.
-        torch.full((case.N, case.H, case.Dv), float("nan"), dtype=dtype, device=state.device)
+        torch.full((case.N, case.H, case.Dv), float("nan"), dtype=q.dtype, device=q.device)
         out = prepared.result(prepared.call())[rows]
-    result = gate.check(out, oracle, packed, dtype=dtype)
+    result = gate.check(out, oracle, packed, dtype=q.dtype)
     if not result.ok:
         raise WrongResult(f"{case.id}, {len(rows)} of its rows: {result.message}{prepared.repro}")
     return result.mae

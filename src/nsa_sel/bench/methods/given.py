@@ -43,12 +43,14 @@ def prepare(state: CaseState, kernel: UserKernel, core: bool) -> Prepared:
         if state.device == "cpu" and _needs_a_gpu(error):
             raise NotTimed("no GPU") from error
         raise
-    repro = "\n" + _repro(state, kernel, core)
+    repro = "\n" + _repro(state, kernel, core) if kernel.spec else ""
     if fault := _fault(out, (*x.q.shape[:4], x.v.shape[3])):
         raise WrongResult(f"{state.case.id}: {kernel.name} {fault}{repro}")
     if changed := [name for name, tensor in arguments.items() if tensor._version != versions[name]]:
         raise WrongResult(f"{state.case.id}: {kernel.name} changes its argument {changed[0]}")
-    details: dict[str, str | float] = {"config": kernel.about, "kernel": kernel.spec, "takes": kernel.takes}
+    details: dict[str, str | float] = {}
+    if kernel.spec:
+        details = {"config": kernel.about, "kernel": kernel.spec, "takes": kernel.takes}
     return Prepared(call, functools.partial(as_rows, state.case), details, repro=repro)
 
 

@@ -46,7 +46,10 @@ def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Pat
     drawn = [r for r in rows if r["L"] and r["N"]] if decided else []
     pictures = {
         "speedup": plots.speedup_by_length(drawn, chosen, kernel),
-        **{f"speedup {name}": plots.speedup_by_length(drawn, d and d.min_L, name) for name, (_, d) in others},
+        **{
+            f"speedup {name}": plots.speedup_by_length(drawn, judged.min_L if judged else None, name)
+            for name, (_, judged) in others
+        },
         "bytes": plots.time_by_bytes(drawn, tables.read_limit(saved.machine)),
         "decode": plots.decode_times(drawn),
         "prefill": plots.prefill_times(drawn),

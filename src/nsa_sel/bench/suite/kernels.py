@@ -38,7 +38,8 @@ class KernelError(ValueError):
 class UserKernel:
     """Hold one kernel: the name of its method, MODULE:FUNCTION, the function, and the size of the blocks that it takes.
 
-    block_size: 0 if it takes ranges. `function.unsupported(q, k, v, ranges)`, if there is one, says why it cannot do a
+    spec: empty for the kernel of a package that is measured in place of this one. block_size: 0 if it takes ranges.
+    `function.unsupported(q, k, v, ranges)`, if there is one, says why it cannot do a
     call, or returns None.
     """
 
