@@ -18,6 +18,7 @@ from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.saved.speedups import kernel_of
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.cases import kernels_among
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
@@ -154,7 +155,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{kernel.name}: {count} deselected, which {kernel.takes} cannot express")
     files = [str(path) for path in _resume(config).saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
-        terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
+        for kernel in kernels_among(result["method"] for result in results):
+            terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full", kernel))
     if not (session.save or session.autosave or session.json):
         terminalreporter.write_line("not saved; --benchmark-autosave does")
     if files:
@@ -168,9 +170,9 @@ def _reason(report: Any) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _proposal(path: str, matrix: str) -> str:
-    """Return the threshold that this run alone supports."""
+def _proposal(path: str, matrix: str, kernel: str) -> str:
+    """Return the threshold of a kernel that this run alone supports."""
     try:
-        return sentence(decide([Saved.load(path)], matrix))
+        return sentence(decide([Saved.load(path)], matrix, kernel))
     except (RunError, ThresholdError) as error:
-        return f"no threshold proposed: {error}"
+        return f"no threshold of {kernel} proposed: {error}"

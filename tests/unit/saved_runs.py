@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -187,3 +188,24 @@ def _time_us(case: Case, method: str, kind: str, speedup: float) -> float:
         return 1.3 * triton
     fastest = "packed_sdpa_compiled" if case.hot else "packed_sdpa_fused"
     return triton * speedup * (1.0 if method == fastest else _SLOWER_FORM[method])
+
+
+def with_kernel(
+    data: dict[str, Any], name: str, times_ours: float, *, spec: str = "mine:f", takes: str = "ranges"
+) -> dict[str, Any]:
+    """Return a run in which a user's kernel takes so many times ours in every case that was measured with it."""
+    added = []
+    for original in data["benchmarks"]:
+        extra = original["extra_info"]
+        if not extra["method"].startswith("triton"):
+            continue
+        made = copy.deepcopy(original)
+        method = extra["method"].replace("triton", name)
+        made["extra_info"] |= {"method": method, "config": f"{spec}, {takes}", "kernel": spec, "takes": takes}
+        for times, keys in ((made["stats"], ("median", "q1", "q3")), (made["extra_info"], ("call_us", "graph_us"))):
+            times |= {key: times[key] * times_ours for key in keys if times.get(key)}
+        for key in ("ci95_us", "call_ci95_us", "graph_ci95_us"):
+            if made["extra_info"].get(key):
+                made["extra_info"][key] = [bound * times_ours for bound in made["extra_info"][key]]
+        added.append(made)
+    return {**data, "benchmarks": [*data["benchmarks"], *added]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from ..timer.machine import environment
 MACHINE = ("gpu", "gpu_id", "driver", "cuda", "torch", "triton")
 
 
-def conditions(commit: Mapping[str, Any], plant: float | None) -> dict[str, Any]:
+def conditions(commit: Mapping[str, Any], plant: float | None, kernels: Sequence[str] = ()) -> dict[str, Any]:
     """Return the commit, the card, the versions and the options that a result depends on.
 
-    commit: pytest-benchmark's commit_info.
+    commit: pytest-benchmark's commit_info. kernels: the values of --sel-kernel, whose modules are imported.
     """
     machine = environment()
     return {
@@ -27,6 +28,7 @@ def conditions(commit: Mapping[str, Any], plant: float | None) -> dict[str, Any]
         "python": platform.python_version(),
         **{name: machine[name] for name in MACHINE},
         "--sel-plant": plant,
+        "--sel-kernel": [f"{kernel} ({_module_hash(kernel)})" for kernel in kernels] or None,
     }
 
 
@@ -44,6 +46,12 @@ def differences(left: Mapping[str, Any], here: Mapping[str, Any], asked: list[li
         number = len(before) if isinstance(before, list) else 0
         found.append(f"{number} benchmarks asked for there, {len(asked)}{' others' * (number == len(asked))} here")
     return "; ".join(found)
+
+
+def _module_hash(kernel: str) -> str:
+    """Return a hash of the file that a kernel's module was imported from."""
+    file = getattr(sys.modules[kernel.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "no file"
 
 
 def _source() -> str:

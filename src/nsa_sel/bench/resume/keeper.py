@@ -71,7 +71,8 @@ class Keeper:
 
     @functools.cached_property
     def _conditions(self) -> dict[str, Any]:
-        return conditions(self._commit, self.config.getoption("sel_plant", None))
+        option = self.config.getoption
+        return conditions(self._commit, option("sel_plant", None), option("sel_kernel", ()))
 
     def say(self, text: str) -> None:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
