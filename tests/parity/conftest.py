@@ -7,11 +7,9 @@ import of triton.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from nsa_sel.config import test_triton_sel
 
 __all__ = ["pytest_benchmark_group_stats"]
 
-sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available() and test_triton_sel() is not False:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -45,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @cache
 def why_not() -> str | None:
     """Return why the kernel cannot run here, or None."""
-    import parity_case
+    from . import parity_case
 
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 on a machine with a GPU: the parity suite uses real kernels there"
@@ -75,9 +72,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Fail a test that names the kernel and did not launch it."""
     if MARK not in item.name:
         return (yield)
-    import parity_case
-
     from nsa_sel.kernel import launch
+
+    from . import parity_case
 
     before, known = launch.launch_count(), len(parity_case.RECORDS)
     result = yield

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import cache
 
-from parity_case import ON_GPU, has_tma
-
 from nsa_sel.bench.tune import space
 from nsa_sel.kernel.launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, shared_memory
+
+from .parity_case import ON_GPU, has_tma
 
 
 @cache

@@ -17,7 +17,7 @@ from nsa_sel.bench.suite import gate
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
-    import interpreter_bf16  # noqa: F401
+    from . import interpreter_bf16  # noqa: F401
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SPANS, SPANS_S_KV = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)], 110  # a row out of order, with an empty span
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
@@ -193,7 +193,7 @@ def smallest_repro(case: Case) -> str:
 
 
 def repro(case: Case) -> str:
-    """Return at most 15 lines that run when pasted in the project's folder and end in the gate's verdict."""
+    """Return at most 15 lines that run when pasted in the clone, or beside the wheel, and end in the gate's verdict."""
     ranges, launch = case.ranges, ""
     q_shape, k_shape, v_shape = _shapes(case)
     B, S, G, n_spans, _ = ranges.shape
@@ -209,8 +209,8 @@ def repro(case: Case) -> str:
     factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
     lines = [
-        f'import os, sys; sys.path[:0] = ["src", "tests/parity"]{interpreter}',
-        "import torch" if ON_GPU else "import torch, interpreter_bf16",
+        f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
+        "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
         "from nsa_sel import reference",
         "from nsa_sel.bench.suite import gate",
         "from nsa_sel.kernel import launch; from nsa_sel.kernel.launch_config import LaunchConfig",

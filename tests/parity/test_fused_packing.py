@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import example, given, settings
-from parity_case import DTYPES, ON_GPU, VIEWS, Case, here, judge, row_lengths, rows, tensors
-from test_properties import OUT_OF_RANGE, OUT_OF_RANGE_64, cases
 
 import nsa_sel
 from nsa_sel import reference
 from nsa_sel.config import test_triton_sel as asked_for
+
+from .parity_case import DTYPES, ON_GPU, VIEWS, Case, here, judge, row_lengths, rows, tensors
+from .test_properties import OUT_OF_RANGE, OUT_OF_RANGE_64, cases
 
 pytestmark = pytest.mark.skipif(not ON_GPU and asked_for() is False, reason="NSA_TEST_TRITON_SEL=0 and no GPU")
 

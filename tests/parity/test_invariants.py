@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launches import small_covering
-from parity_case import (
+
+from nsa_sel.kernel.launch_config import LOADS
+
+from .launches import small_covering
+from .parity_case import (
     DTYPES,
     OUT_OF_RANGE,
     OUT_OF_RANGE_64,
@@ -24,8 +27,6 @@ from parity_case import (
     tensors,
     unselected,
 )
-
-from nsa_sel.kernel.launch_config import LOADS
 
 NAN = "float('nan')"
 BASE = Case(rows(SPANS, [(0, 1), (90, 95)]), SPANS_S_KV)

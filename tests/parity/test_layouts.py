@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_case import DEVICE, DTYPES, VIEWS, Case, check, here, rows, tensors
 
 from nsa_sel import SelConfig, choose_route, reference, selection_attention, spans
 from nsa_sel.bench.suite import gate
+
+from .parity_case import DEVICE, DTYPES, VIEWS, Case, check, here, rows, tensors
 
 H_VALUES = (1, 4, 6, 8, 16, 64)
 WIDTHS = (16, 64, 80, 128, 192, 256)
@@ -260,7 +261,7 @@ def test_triton_sel_parity_of_empty_batches_contexts_and_span_lists():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 def test_the_interpreter_rounds_to_bf16_as_hardware_does():
-    from interpreter_bf16 import round_to_bf16
+    from .interpreter_bf16 import round_to_bf16
 
     edges = [
         0.0,

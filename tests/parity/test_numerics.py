@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launches import small_covering
-from parity_case import DTYPES, SPANS, SPANS_S_KV, Case, check, judge, rows, run_kernel, tensors, unselected
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_sel import reference
+
+from .launches import small_covering
+from .parity_case import DTYPES, SPANS, SPANS_S_KV, Case, check, judge, rows, run_kernel, tensors, unselected
 
 BASE = Case(rows(SPANS, [(0, 1), (90, 95)], [(40, 41)]), SPANS_S_KV)
 SPLIT = next(config for config in small_covering() if config.load == "gather" and config.splits > 1)

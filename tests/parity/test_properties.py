@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from launches import small_covering
-from parity_case import OUT_OF_RANGE, OUT_OF_RANGE_64, Case, check, here, rows
+
+from .launches import small_covering
+from .parity_case import OUT_OF_RANGE, OUT_OF_RANGE_64, Case, check, here, rows
 
 MAX_S_KV, MAX_L, MAX_SPANS, MAX_ROWS = here(5000, 120), here(4096, 160), here(64, 24), here(8, 4)
 # On a GPU a new dtype means new kernels for every launch that a layout leads to: the examples below cover the others.

@@ -8,11 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import parity_case
 import pytest
 import torch
-from launches import small_covering
-from parity_case import DEVICE, Case, check, rows
+
+from . import parity_case
+from .launches import small_covering
+from .parity_case import DEVICE, Case, check, rows
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(rows([(0, 20)], [(3, 9), (12, 40)], [(1, 8)]), 40, seed=5)

@@ -6,9 +6,10 @@ import importlib.metadata
 
 import pytest
 import torch
-from parity_case import DEVICE, ON_GPU
 
 from nsa_sel.kernel.device import INTERPRETED
+
+from .parity_case import DEVICE, ON_GPU
 
 
 @pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="neither a GPU nor the interpreter")

@@ -49,8 +49,7 @@ def test_a_test_that_never_launches_the_kernel_fails(tmp_path):
         "import pytest\n"
         "@pytest.fixture(autouse=True)\n"
         "def _fallback(monkeypatch):\n"
-        "    import parity_case\n"
-        "    monkeypatch.setattr('test_layouts.check', lambda case: None)\n"
+        "    monkeypatch.setattr('tests.parity.test_layouts.check', lambda case: None)\n"
     )
     text = run({"PYTHONPATH": str(tmp_path)}, "-p", "fallback")
     assert "1 failed" in text, text

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from parity_case import DEVICE, ON_GPU, Case, has_clusters, has_tma, here, judge, rows, tensors
 
 import nsa_sel
 from nsa_sel import reference
+
+from .parity_case import DEVICE, ON_GPU, Case, has_clusters, has_tma, here, judge, rows, tensors
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 CASES = [

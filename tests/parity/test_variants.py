@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launches import covering, small_covering
-from parity_case import Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
 from nsa_sel.kernel.launch_config import LOADS, LaunchConfig, chunk_width
+
+from .launches import covering, small_covering
+from .parity_case import Case, check, has_clusters, has_tma, here, rows, run_kernel, tensors
 
 # Spans longer than the largest tile, remainders of every kind, an empty row, one token, doubly covered keys.
 RANGES = rows(

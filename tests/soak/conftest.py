@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import torch
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 
 __all__ = ["pytest_benchmark_group_stats"]
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # for the variants that the parity suite forces
 
 FIGURE = "soak"
 

@@ -39,8 +39,8 @@ def compile_one(job: tuple[LaunchConfig, int, torch.dtype]) -> None:
 @pytest.fixture(scope="module")
 def configs() -> list[LaunchConfig]:
     """Return the variants, compiled on all cores: one after another they take minutes."""
-    from launches import covering
-    from parity_case import has_clusters
+    from tests.parity.launches import covering
+    from tests.parity.parity_case import has_clusters
 
     found = covering(H, D, D, (16, 32, 64, 128), (1, 2, 8, 32), True)
     if has_clusters():
