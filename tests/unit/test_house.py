@@ -27,6 +27,7 @@ BENCH_ORDER = """
     compare session tune precompile < continuous
     tune < precompile
     timer < cli
+    compare resume suite < plugin < run_tests
 """
 
 

@@ -7,7 +7,7 @@ import importlib
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,19 +15,21 @@ from .. import Route, __version__, choose_route
 from ..config import ConfigError, SelConfig
 from .timer import machine
 
-# A verb's module is imported only when asked for: `report` needs matplotlib, which a plain install does not have.
+# A verb's function, imported only when asked for: `report` needs matplotlib, which a plain install does not have.
 VERBS = {
-    verb: (f"{__package__}.{verb}.command", meaning)
-    for verb, meaning in (
-        (
-            "compare",
-            "two saved runs or commits: what got slower, what is suspect; exits 1 on a regression, 3 on a suspect",
-        ),
-        ("continuous", "two commits, measured in turns on this card: did the second make it slower?"),
-        ("report", "tables and pictures from saved runs"),
-        ("tune", "which tiles, splits and warps are fastest here; writes the table that is used"),
-        ("threshold", "the length L from which Triton is safe to switch on here"),
-    )
+    "parity": ("run_tests:parity", "is a kernel right here? runs the parity suite with pytest"),
+    "bench": ("run_tests:bench", "how fast is it here? runs the perf suite with pytest"),
+    "compare": (
+        "compare.command:main",
+        "two saved runs or commits: what got slower, what is suspect; exits 1 on a regression, 3 on a suspect",
+    ),
+    "continuous": (
+        "continuous.command:main",
+        "two commits, measured in turns on this card: did the second make it slower?",
+    ),
+    "report": ("report.command:main", "tables and pictures from saved runs"),
+    "tune": ("tune.command:main", "which tiles, splits and warps are fastest here; writes the table that is used"),
+    "threshold": ("threshold.command:main", "the length L from which Triton is safe to switch on here"),
 }
 EXAMPLE_LENGTHS = (16, 64, 256, 1024)
 
@@ -36,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb, or describe this machine; return the exit code, 2 for a malformed toggle."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in VERBS:
-        module_name, _ = VERBS[argv[0]]
-        return importlib.import_module(module_name).main(argv[1:])
+        return function_of(argv[0])(argv[1:])
     _parser().parse_args(argv)
     try:
         for line in describe(SelConfig.load()):
@@ -46,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nsa-sel: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def function_of(verb: str) -> Callable[[Sequence[str]], int]:
+    """Return the function behind a verb: it takes the arguments and returns the exit code."""
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)
 
 
 def describe(config: SelConfig) -> Iterator[str]:
