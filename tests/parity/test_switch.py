@@ -20,7 +20,8 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU means 
 def run(environment: dict[str, str], *options: str) -> str:
     names = ("NSA_TEST_TRITON_SEL", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in names and "XDIST" not in name}
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", ONE_TEST, *options]
+    # -B: where these tests came with a wheel, that stays as it was installed.
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", ONE_TEST, *options]
     done = subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
 
@@ -49,7 +50,7 @@ def test_a_test_that_never_launches_the_kernel_fails(tmp_path):
         "import pytest\n"
         "@pytest.fixture(autouse=True)\n"
         "def _fallback(monkeypatch):\n"
-        "    monkeypatch.setattr('tests.parity.test_layouts.check', lambda case: None)\n"
+        f"    monkeypatch.setattr('{__package__}.test_layouts.check', lambda case: None)\n"
     )
     text = run({"PYTHONPATH": str(tmp_path)}, "-p", "fallback")
     assert "1 failed" in text, text

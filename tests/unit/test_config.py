@@ -1,12 +1,8 @@
 """Every toggle, each of its layers, and every way to get one wrong."""
 
 import os
-import shutil
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -179,24 +175,6 @@ def test_the_file_is_argument_then_environment_then_working_directory_then_packa
 def test_the_packaged_file_is_the_repository_file():
     packaged = Path(config.__file__).with_name("base.yaml")
     assert packaged.read_bytes() == (REPOSITORY / "configs/base.yaml").read_bytes()
-
-
-def test_the_wheel_carries_the_repository_file(tmp_path):
-    pytest.importorskip("setuptools", "77", reason="setuptools >= 77 builds the wheel (extra: dev)")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    for name in ("src", "configs"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
-    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as content:
-        assert content.read("nsa_sel/base.yaml") == (REPOSITORY / "configs/base.yaml").read_bytes()
-        assert {"nsa_sel/bench/cli.py", "nsa_sel/bench/compare/noise.json"} <= set(content.namelist())
 
 
 def test_load_reads_the_process_environment_again(monkeypatch):

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("old", nargs="?", metavar="OLD")
     parser.add_argument("new", nargs="?", metavar="NEW")
-    parser.add_argument("--sel-baseline", metavar="RUN", help="the old run, as in pytest tests/perf")
+    parser.add_argument("--sel-baseline", metavar="RUN", help="the old run, as in a perf run")
     parser.add_argument(
         "--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs (default: %(default)s)"
     )
@@ -75,13 +75,12 @@ def shows_colour() -> bool:
 def _choose(old: str | None, new: str | None, folder: Path) -> tuple[Run, Run]:
     path = storage.latest(folder) if new is None else storage.find(new, folder)
     if path is None:
-        raise RunError(f"{folder}: no saved run; measure with pytest tests/perf --benchmark-autosave")
+        raise RunError(f"{folder}: no saved run; measure with nsa-sel bench --benchmark-autosave")
     after = load(path)
     before = storage.opponent(folder, after, old)
     if new is None and Path(before.path).resolve() == path.resolve():
         raise RunError(
-            f"{short_name(path)}: the latest run is the old one itself;"
-            " measure with pytest tests/perf --benchmark-autosave"
+            f"{short_name(path)}: the latest run is the old one itself; measure with nsa-sel bench --benchmark-autosave"
         )
     return before, after
 

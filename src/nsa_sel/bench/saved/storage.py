@@ -154,7 +154,7 @@ def opponent(storage: Path, new: Run, spec: str | None = None) -> Run:
     if run is None:
         raise RunError(
             f"{storage}: no earlier run of {new.gpu} to compare with;"
-            f" save one: pytest tests/perf --benchmark-save={BASELINE_NAME}"
+            f" save one: nsa-sel bench --benchmark-save={BASELINE_NAME}"
         )
     return run
 

@@ -289,7 +289,7 @@ def _one_machine(saved: Sequence[Saved]) -> str:
             raise ThresholdError(f"the runs differ in {field}: {shown}; give runs of one GPU and one set of versions")
     gpu = saved[0].run.gpu
     if gpu == gpu_name(None):
-        raise ThresholdError(f"{saved[0].run.name}: no GPU figures in it; measure on a GPU: pytest tests/perf")
+        raise ThresholdError(f"{saved[0].run.name}: no GPU figures in it; measure on a GPU: nsa-sel bench")
     return gpu
 
 
