@@ -819,4 +819,4 @@ def test_two_commits_of_another_repository_are_measured_by_their_kernel(tmp_path
 def test_the_verb_is_one_of_the_command_line():
     from nsa_sel.bench import cli
 
-    assert cli.VERBS["continuous"][0] == command.__name__
+    assert cli.function_of("continuous") is command.main

@@ -20,6 +20,7 @@ ORDER = """
     routing reference kernel < dispatch < ops < api < __init__ < bench < __main__
 """
 BENCH_ORDER = """
+    tables < saved
     timer saved tables < suite < compare < threshold < report
     timer saved < resume
     suite timer < methods < session tune checks

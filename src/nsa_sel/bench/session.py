@@ -175,13 +175,13 @@ class Session:
         return found
 
     def measure(self, case: Case, method: str, rounds: int = timing.ROUNDS, warmup: int = timing.WARMUP_ROUNDS) -> dict:
-        """Measure one method outside pytest-benchmark: `median`, `q1`, `q3` in seconds and every entry of extra_info.
+        """Measure one method outside pytest-benchmark: `samples` and their `median`, `q1`, `q3` in s, extra_info.
 
         Raises: as `ready`.
         """
         with self.ready(case, method) as (prepared, extra):
             samples = self.timer.samples(prepared.call, rounds, warmup)
-            return {**_quartiles(samples), **extra, **self.figures(case, prepared, samples)}
+            return {"samples": samples, **_quartiles(samples), **extra, **self.figures(case, prepared, samples)}
 
     def measure_again(self, case: Case, method: str) -> dict[str, Any]:
         """Measure the device time once more: `median`, `q1`, `q3` in seconds and `ci95_us`, as a comparison wants."""

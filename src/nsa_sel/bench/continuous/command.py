@@ -13,7 +13,7 @@ from typing import Any
 from ..compare.result import Comparison
 from ..compare.rule import compare, confirm, to_measure_again
 from ..compare.yardstick import Machine
-from ..saved import storage
+from ..saved import storage, write
 from ..saved.run import MARK, RunError, gpu_name, load, read_json
 from ..suite import cases, kernels
 from ..tables import printable, replace_file
@@ -22,7 +22,7 @@ from . import saving, trees
 from .course import Course
 from .kept import CourseError, Kept, Outcomes
 from .process import Process
-from .trees import Tree, TreeError, Trees
+from .trees import Tree, TreeError, Trees, file_name
 
 ROUNDS = 2
 SHOWN = 10
@@ -95,7 +95,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
         print(f"note: {both.note}", flush=True)
     if base.fingerprint() == head.fingerprint():
         print("note: both are the same code; every difference is the machine's", flush=True)
-    name = f"{saving.file_name(base.name)}-{saving.file_name(head.name)}.jsonl"
+    name = f"{file_name(base.name)}-{file_name(head.name)}.jsonl"
     kept = Kept(args.storage / KEPT / name, course.about(args.rounds), args.resume)
     course.run(args.rounds, kept)
     if kept.problem:
@@ -106,7 +106,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
         about = {"base": base.commit["id"], "head": head.commit["id"], "processes": args.rounds}
         outcomes = [kept.pairs[number][side] for number in sorted(kept.pairs)]
         run = saving.document(tree, outcomes, course.machine_of(tree), {KEPT: about})
-        paths.append(saving.save(args.storage, run, tree))
+        paths.append(write.save(args.storage, f"continuous_{file_name(tree.name)}", run))
     print(f"saved in {paths[0]} and {paths[1].name}")
     for line in saving.agreement(kept.pairs.values()):
         print(line)
@@ -135,7 +135,7 @@ def _judged(course: Course, base: Path, head: Path) -> Comparison:
         run = read_json(head)
         slower = [f"{change.case} {change.method}" for change in comparison.regressions]
         run[MARK] |= {"baseline": old.name, "regressions": slower}
-        replace_file(head, saving.as_text(run))
+        replace_file(head, write.as_text(run))
     return comparison
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..saved.figures import statistics_of
-from ..saved.run import MARK, Key, Timing, gpu_name, timing
+from ..saved import write
+from ..saved.run import Key, Timing, timing
 from ..saved.speedups import EVERY_SDPA_FORM
-from ..saved.storage import slug
-from ..tables import replace_file
 from .kept import Outcome, Outcomes, Pair
-from .trees import Tree, file_name
+from .trees import Tree
 
 # Of these the median over a commit's processes is saved, component by component.
 FIGURES = (
@@ -33,23 +28,15 @@ def document(
     like are of all samples. A timing that one process could not take has none: it is skipped if it cannot be taken
     here, and missing if it failed.
     """
-    import pytest_benchmark
-    from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as machine_info
-
     found = by_key(outcomes)
     not_timed = [
         {"case": case, "method": method, "reason": reason}
         for (case, method), each in found.items()
         if (reason := first(each, "not_timed")) and not first(each, "failed")
     ]
-    return {
-        "machine_info": {**machine_info(), **machine},
-        "commit_info": dict(tree.commit),
-        "benchmarks": [_entry(key, each) for key, each in found.items() if _timed(each)],
-        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "version": pytest_benchmark.__version__,
-        MARK: {**notes, "asked": [list(key) for key in found], "not_timed": not_timed},
-    }
+    entries = [_entry(key, each) for key, each in found.items() if _timed(each)]
+    asked = {**notes, "asked": [list(key) for key in found], "not_timed": not_timed}
+    return write.document(entries, machine, tree.commit, asked)
 
 
 def by_key(outcomes: Iterable[Outcomes]) -> dict[Key, list[Outcome]]:
@@ -71,28 +58,14 @@ def _timed(outcomes: Sequence[Outcome]) -> bool:
 
 
 def _entry(key: Key, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return a timing's entry, under the name that the perf suite gives it."""
-    case, method = key
-    name = f"test_sel[{case}-{method}]"
-    each = [_statistics(outcome["samples"]) for outcome in outcomes]
-    whole = _statistics([sample for outcome in outcomes for sample in outcome["samples"]])
+    """Return the entry of a timing that several processes took."""
+    each = [write.statistics(outcome["samples"]) for outcome in outcomes]
     extras = [outcome["extra"] for outcome in outcomes]
     figures = {name: _median([extra[name] for extra in extras]) for name in FIGURES if name in extras[0]}
     places = {name: _median([stats[name] for stats in each]) for name in ("median", "q1", "q3")}
-    return {
-        "group": case,
-        "name": name,
-        "fullname": f"tests/perf/test_sel.py::{name}",
-        "params": {"case_id": case, "method": method},
-        "param": f"{case}-{method}",
-        "extra_info": {**extras[0], **figures},
-        "options": {},
-        "stats": {**whole, **places},
-    }
-
-
-def _statistics(samples: Sequence[float]) -> dict[str, Any]:
-    return {**statistics_of(samples).as_dict(), "iterations": 1}
+    samples = [sample for outcome in outcomes for sample in outcome["samples"]]
+    made = write.entry(key, samples, {**extras[0], **figures})
+    return {**made, "stats": {**made["stats"], **places}}
 
 
 def _median(values: Sequence[Any]) -> Any:
@@ -102,25 +75,6 @@ def _median(values: Sequence[Any]) -> Any:
     if isinstance(values[0], list):
         return [statistics.median(ends) for ends in zip(*values, strict=True)]
     return statistics.median(values)
-
-
-def save(storage: Path, run: Mapping[str, Any], tree: Tree) -> Path:
-    """Write a run under the next number of its machine's and GPU's folder and return the file.
-
-    Raises: OSError.
-    """
-    from pytest_benchmark.utils import get_machine_id
-
-    folder = storage / f"{get_machine_id()}-{slug(gpu_name(run['machine_info']['gpu']))}"
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]_*.json")]
-    path = folder / f"{max(taken, default=0) + 1:04}_continuous_{file_name(tree.name)}.json"
-    replace_file(path, as_text(run))
-    return path
-
-
-def as_text(run: Mapping[str, Any]) -> str:
-    return json.dumps(run, indent=4)
 
 
 def agreement(pairs: Iterable[Pair]) -> list[str]:
@@ -146,6 +100,6 @@ def fresh(pair: Pair, old: Mapping[Key, Timing]) -> dict[Key, Timing]:
     for key in pair[0]:
         base, head = pair[0][key], pair[1][key]
         if key in old and _timed([base, head]):
-            again = timing(*key, _statistics(head["samples"]), head["extra"], "measured again")
+            again = timing(*key, write.statistics(head["samples"]), head["extra"], "measured again")
             found[key] = again.scaled(old[key].median_us / (statistics.median(base["samples"]) * 1e6))
     return found
