@@ -1,6 +1,6 @@
-"""Teach pytest-benchmark our comparison and storage; the root conftest.py re-exports these hooks by name.
+"""Teach pytest-benchmark our comparison and storage; bench/plugin.py re-exports these hooks by name.
 
-`pytest-benchmark compare` reads nothing but that conftest.py, and calls its functions without pluggy.
+The root conftest.py names one of them too: `pytest-benchmark compare` reads nothing but that file, without pluggy.
 """
 
 from __future__ import annotations

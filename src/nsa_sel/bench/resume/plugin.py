@@ -1,4 +1,4 @@
-"""A plugin of pytest, named in the root conftest.py: journal a perf run, end it in order on SIGTERM, resume it."""
+"""A plugin of pytest, named in bench/plugin.py: journal a perf run, end it in order on SIGTERM, resume it."""
 
 from __future__ import annotations
 
