@@ -23,8 +23,9 @@ from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved import storage, write
 from nsa_sel.bench.saved.speedups import fastest_sdpa
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite import cases, kernels
 from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.machine import environment
 from nsa_sel.config import ConfigError
 
@@ -38,6 +39,7 @@ CPU_ROUNDS, CPU_WARMUP = 5, 1  # without a GPU a call takes up to a second
 RUN_NAME = "bench_sel_triton"
 
 Result = dict[str, Any]  # what Session.measure says of a method
+Methods = Mapping[Case, Sequence[str]]  # of each case
 Form = Callable[[Iterable[str]], str]  # cells -> a line
 
 
@@ -49,11 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             SelConfig.load()
-            chosen = list(dict.fromkeys(_case(args, dist, L) for dist in args.dist for L in args.L_list))
+            given = kernels.parse(args.sel_kernel, args.sel_takes)
+            chosen = [_case(args, dist, L) for dist in args.dist for L in args.L_list]
             files = [(form, sys.stdout if path == "-" else stack.enter_context(_open(path))) for form, path in outputs]
         except (ConfigError, ValueError, OSError) as error:
             parser.error(str(error))
-        failed = _run(args, chosen, files or [(_aligned if sys.stdout.isatty() else _csv, sys.stdout)])
+        files = files or [(_aligned if sys.stdout.isatty() else _csv, sys.stdout)]
+        session = Session(kernels={kernel.name: kernel for kernel in given})
+        failed = _run(args, session, {case: _methods(case, given) for case in chosen}, files)
+    for kernel in given:
+        if n := sum(not kernel.expressible(case, method) for case in chosen for method in kernel.methods(case)):
+            print(f"{kernel.name}: {n} left out, which {kernel.takes} cannot express", file=sys.stderr)
     for _, path in outputs:
         if path != "-":
             print(f"wrote {path}", file=sys.stderr)
@@ -65,9 +73,13 @@ def _open(path: str) -> TextIO:
     return open(path, "w")
 
 
-def _run(args: argparse.Namespace, chosen: Sequence[Case], files: Sequence[tuple[Form, TextIO]]) -> bool:
+def _methods(case: Case, given: Sequence[UserKernel]) -> list[str]:
+    """Return the case's methods, and those of users' kernels that what the kernel takes can express."""
+    return [*case.methods, *(m for kernel in given for m in kernel.methods(case) if kernel.expressible(case, m))]
+
+
+def _run(args: argparse.Namespace, session: Session, chosen: Methods, files: Sequence[tuple[Form, TextIO]]) -> bool:
     """Measure the cases, print and save what was found; return whether a result was wrong or a method failed."""
-    session = Session()
     rounds, warmup = args.iters, args.warmup
     if not session.on_gpu:
         rounds, warmup = min(rounds, CPU_ROUNDS), min(warmup, CPU_WARMUP)
@@ -78,11 +90,11 @@ def _run(args: argparse.Namespace, chosen: Sequence[Case], files: Sequence[tuple
             print(form(["---"] * len(COLUMNS)), file=file)
     results: list[Result] = []
     failed = False
-    for case in chosen:
-        measured, notes = _measure(session, case, rounds, warmup)
+    for case, methods in chosen.items():
+        measured, notes = _measure(session, case, methods, rounds, warmup)
         results += measured
         failed |= any(note.startswith(("WRONG", "FAILED")) for note in notes.values())
-        for cells in _lines(case, measured, notes):
+        for cells in _lines(case, methods, measured, notes):
             for form, file in files:
                 print(form(cells), file=file, flush=True)
     if args.save:
@@ -90,10 +102,12 @@ def _run(args: argparse.Namespace, chosen: Sequence[Case], files: Sequence[tuple
     return failed
 
 
-def _measure(session: Session, case: Case, rounds: int, warmup: int) -> tuple[list[Result], dict[str, str]]:
+def _measure(
+    session: Session, case: Case, methods: Sequence[str], rounds: int, warmup: int
+) -> tuple[list[Result], dict[str, str]]:
     """Return what was measured of the case's methods, and why the others have no time."""
     results, notes = [], {}
-    for method in case.methods:
+    for method in methods:
         try:
             found = session.measure(case, method, rounds, warmup)
             results.append({**found, "device_us": found["median"] * 1e6})
@@ -101,6 +115,7 @@ def _measure(session: Session, case: Case, rounds: int, warmup: int) -> tuple[li
             notes[method] = f"not timed: {reason}"
         except WrongResult as error:
             notes[method] = f"WRONG: {error}"
+            print(error, file=sys.stderr)  # whole, to be pasted: a line of the table has room for the first of it
         except Exception as error:  # the other methods and cases are still of use
             notes[method] = f"FAILED: {type(error).__name__}: {error}"
     if results and session.fits(case):
@@ -110,11 +125,13 @@ def _measure(session: Session, case: Case, rounds: int, warmup: int) -> tuple[li
     return results, notes
 
 
-def _lines(case: Case, results: Sequence[Result], notes: Mapping[str, str]) -> Iterator[list[str]]:
+def _lines(
+    case: Case, methods: Sequence[str], results: Sequence[Result], notes: Mapping[str, str]
+) -> Iterator[list[str]]:
     """Yield the cells of one line per method of the case."""
     fastest = fastest_sdpa(results)
     of_method = {result["method"]: result for result in results}
-    for method in case.methods:
+    for method in methods:
         scope = cases.scope(method)
         shape = (case.N, case.H, case.D, case.Dv, case.L, case.layout, case.dtype, scope, method)
         cells = [str(value) for value in shape]
@@ -125,11 +142,11 @@ def _lines(case: Case, results: Sequence[Result], notes: Mapping[str, str]) -> I
             cells += [str(timed["bytes"]), f"{timed['gbps']:.1f}", f"{timed['mae']:.2e}", str(len(timed["samples"]))]
             cells += [str(timed.get("config") or timed["sdpa_backend"])]
         else:
-            cells += [""] * (len(COLUMNS) - len(cells) - 1) + [notes[method]]
+            cells += [""] * (len(COLUMNS) - len(cells) - 1) + notes[method].splitlines()[:1]
         yield cells
 
 
-def _save(name: str, chosen: Iterable[Case], results: Iterable[Result], session: Session) -> str:
+def _save(name: str, chosen: Methods, results: Iterable[Result], session: Session) -> str:
     """Store the results as a run of the perf suite, and say where."""
     of_samples = ("samples", "median", "q1", "q3", "device_us")
     entries = [
@@ -144,7 +161,7 @@ def _save(name: str, chosen: Iterable[Case], results: Iterable[Result], session:
         return "not saved: nothing was timed"
     reasons = session.not_timed.items()
     notes = {
-        "asked": [[case.id, method] for case in chosen for method in case.methods],
+        "asked": [[case.id, method] for case, methods in chosen.items() for method in methods],
         "not_timed": [{"case": case, "method": method, "reason": reason} for (case, method), reason in reasons],
     }
     run = write.document(entries, environment(), get_commit_info(), notes)
@@ -206,6 +223,7 @@ def _parser() -> _Parser:
     number("--warmup", 5, "untimed rounds", least=0)
     parser.add_argument("--decode", type=int, choices=(0, 1), default=0, help="1: one query token, L/64 blocks per row")
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
+    kernels.add_options(parser.add_argument)
     place = "to FILE, whose folder is made, or to the terminal"
     parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help=f"CSV {place}")
     parser.add_argument("--md", nargs="?", const="-", metavar="FILE", help=f"Markdown {place}")

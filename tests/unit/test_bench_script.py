@@ -42,7 +42,7 @@ class SyntheticGpu:
 
     on_gpu = True
 
-    def __init__(self) -> None:
+    def __init__(self, **options: object) -> None:
         self.not_timed: dict[tuple[str, str], str] = {}
 
     def measure(self, case: Case, method: str, rounds: int, warmup: int) -> dict:
@@ -96,6 +96,7 @@ def test_decode_example_prints_one_line_for_each_method(tmp_path):
         (["--warmup", "-1"], "--warmup: value is '-1', expected a whole number of at least 0"),
         (["--dist", "few,some"], "--dist: value is 'some', expected some of few, many, mixed"),
         (["--save", "a/b"], "--save: Must not contain"),
+        (["--sel-kernel", "no_such_module:f"], "--sel-kernel no_such_module:f: no module no_such_module in "),
         (["--csv", f"{SCRIPT}/out.csv"], str(SCRIPT)),
     ],
 )
@@ -156,10 +157,44 @@ def test_what_is_wrong_or_fails_has_no_time_and_exit_status_one(tmp_path, monkey
     assert main(["--L_list", "64", "--save"]) == 1
     notes = {row["method"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
     assert notes["triton"]["note"] == "WRONG: row 3 is off"
-    assert notes["triton_core"]["note"] == "FAILED: RuntimeError: no such thing"
+    assert notes["triton_core"]["note"] == "FAILED: RuntimeError: no"
     assert float(notes["packed_sdpa"]["time_ms"]) == 0.02
     (path,) = tmp_path.glob(".benchmarks/*/*.json")
     assert {method for _, method in Saved.load(path).run.unmeasured} == {"triton", "triton_core"}
+
+
+OWN = """
+from nsa_sel import reference
+def right(q, k, v, ranges, *, scale, min_len, max_len):
+    return reference.packed_sdpa(q, k, v, ranges)
+def wrong(q, k, v, ranges, *, scale, min_len, max_len):
+    return reference.packed_sdpa(q, k, v, ranges) + 1
+def blocked(q, k, v, blocks, *, block_size, scale, min_len, max_len):
+    return reference.packed_sdpa(q, k, v, blocks.unsqueeze(-1) * block_size + blocks.new_tensor([0, block_size]))
+"""
+
+
+def test_kernels_of_ones_own_stand_beside_the_others(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    given = [f"--sel-kernel=mine:{name}" for name in ("right", "wrong", "blocked")]
+    shape = ["--N", "8", "--H", "2", "--D", "64", "--decode", "1", "--L_list", "128"]
+    done = run(*given, "--sel-takes", "blocked=blocks:64", *shape, folder=tmp_path)
+    assert done.returncode == 1, done.stderr
+    rows = {row["method"]: row for row in csv.DictReader(done.stdout.splitlines())}
+    for name in ("right", "right_core", "blocked", "blocked_core"):
+        assert float(rows[name]["time_ms"]) > 0 and rows[name]["note"].startswith("mine:")
+    for name in ("wrong", "wrong_core"):
+        assert rows[name]["time_ms"] == "" and rows[name]["note"].startswith("WRONG: decode-")
+    assert "\n(kernel,) = kernels.parse(['mine:wrong=wrong'], [])\n" in done.stderr
+
+
+def test_what_blocks_cannot_express_is_left_out_and_counted(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    shape = ["--N", "4", "--H", "2", "--D", "64", "--L_list", "100"]
+    done = run("--sel-kernel", "mine:blocked", "--sel-takes", "blocks:64", *shape, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "blocked: 2 left out, which blocks:64 cannot express\n" in done.stderr
+    assert "blocked" not in done.stdout
 
 
 def test_a_terminal_gets_columns_that_stand_below_their_names(capsys, monkeypatch):
