@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...config import ConfigError
+from ..saved import storage
 from ..saved.run import RunError, Saved
 from ..saved.speedups import TRITON
 from ..suite import cases
@@ -19,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel threshold`: 0 with a threshold, 1 if the data supports none, 2 if it cannot be judged or written."""
     parser = argparse.ArgumentParser(prog="nsa-sel threshold", description=__doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN.json", help="saved runs of one GPU, or chunks of one"
+        "runs", nargs="+", metavar="RUN", help="files, saved names or prefixes: runs of one GPU, or chunks of one"
     )
+    parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
     parser.add_argument(
         "--matrix", choices=cases.MATRICES, default="full", help="the cases that must be there, in each dtype"
     )
@@ -31,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), help="YAML file to write")
     parser.add_argument("--prd", type=Path, default=Path("PRD.md"), help="requirements file to write")
     args = parser.parse_args(argv)
+    folder = storage.folder(args.storage)
     try:
-        decision = decide([Saved.load(path) for path in args.runs], args.matrix, args.kernel)
+        decision = decide([Saved.load(storage.find(run, folder)) for run in args.runs], args.matrix, args.kernel)
         print(write.as_text(decision))
         if decision.min_L is None:
             if args.apply:
