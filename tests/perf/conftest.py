@@ -49,6 +49,7 @@ def bench(request: pytest.FixtureRequest) -> Session:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect, and count, the cases that what a user's kernel takes cannot express."""
     given = {kernel.name: kernel for kernel in kernels_of(config) if kernel.block_size}
@@ -77,7 +78,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """Leave out the letter of a benchmark that did not fail: the line with the time left takes its place."""
-    if PROGRESS in config.stash and "benchmark" in report.keywords and (report.skipped or report.passed):
+    if (
+        PROGRESS in config.stash
+        and "benchmark" in getattr(report, "keywords", ())
+        and (report.skipped or report.passed)
+    ):
         return report.outcome if report.skipped or report.when == "call" else "", "", ""
     return None
 
