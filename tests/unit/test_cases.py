@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nsa_sel.bench.suite import cases
-from nsa_sel.bench.suite.cases import Case, ragged_lengths
-from nsa_sel.bench.suite.inputs import make_inputs, make_ranges, memory_estimate, traffic
+from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.suite.inputs import make_inputs, memory_estimate, traffic
 
 FULL = cases.matrix("full")
 
@@ -67,57 +67,6 @@ def test_unknown_names_are_refused(arguments):
 def test_impossible_lengths_are_refused(make):
     with pytest.raises(ValueError, match="^L: value is"):
         make()
-
-
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("L", [16, 64, 1024])
-def test_rows_select_L_tokens_once_spread_over_the_context(layout, L):
-    case = cases.rows_case("bf16", layout, 4, 64, 64, L, 64)
-    counts = Counter()
-    for row in tokens(case, make_ranges(case)):
-        spans = [span for span in row if span]
-        flat = [token for span in spans for token in span]
-        assert len(flat) == len(set(flat)) == L and flat == sorted(flat)
-        counts[len(spans)] += 1
-        if layout == "many":
-            assert [span[0] // 256 for span in spans] == list(range(8)) and {len(span) for span in spans} == {L // 8}
-        elif layout == "few":
-            assert spans == [list(range(L))]
-    assert set(counts) == {"few": {1}, "many": {8}, "mixed": {2, 4, 8}}[layout]
-
-
-def test_ragged_lengths_have_the_mean_and_the_ratio():
-    for case in cases.matrix("full", family="ragged"):
-        L = ragged_lengths(case)
-        assert abs(sum(L) / len(L) / case.L - 1) < 0.01 and 13 < max(L) / min(L) <= 17 and max(L) <= case.S_kv
-        drawn = [len(row[0]) for row in tokens(case, make_ranges(case))]
-        assert sorted(drawn) == L and drawn != L  # the long rows stand anywhere
-
-
-def test_decode_selects_whole_blocks():
-    case = cases.decode_case("bf16", "many", 4, 64, 64, 512, 2, 8192)
-    for row in tokens(case, make_ranges(case)):
-        starts = [span[0] for span in row]
-        assert starts[0] == 0 and starts[-1] == 8192 - 64 and len(set(starts)) == 8
-        assert all(start % 64 == 0 and len(span) == 64 for start, span in zip(starts, row, strict=True))
-    few = cases.decode_case("bf16", "few", 4, 64, 64, 512, 2, 8192)
-    for row in tokens(few, make_ranges(few)):
-        flat = sum(row, [])
-        assert flat == list(range(flat[0], flat[0] + 512))
-
-
-def test_prefill_is_causal_and_takes_the_first_and_the_own_block():
-    case = next(c for c in cases.matrix("full", family="prefill") if (c.S, c.G, c.L) == (1024, 4, 512))
-    lengths = []
-    for row, spans in enumerate(tokens(case, make_ranges(case))):
-        position = row // case.G % case.S
-        spans = [span for span in spans if span]
-        flat = sum(spans, [])
-        own = list(range(position // 64 * 64, position + 1))
-        assert len(flat) == len(set(flat)) and max(flat) == position and own in spans
-        assert spans[0][0] == 0 and len(spans) == min(8, position // 64 + 1)
-        lengths.append(len(flat))
-    assert min(lengths) == 1 and max(lengths) == case.L  # the hints that make_inputs gives
 
 
 @pytest.mark.parametrize("case", [case for case in cases.matrix("smoke") if case.L <= 64], ids=lambda case: case.id)
