@@ -19,9 +19,9 @@ from nsa_sel.bench.compare.hooks import (
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
-from nsa_sel.bench.suite import cases
 
-pytest_plugins = ["nsa_sel.bench.resume.plugin"]
+# tests/conftest.py names the fixtures too; `pytest --help`, here, would not read that file.
+pytest_plugins = ["nsa_sel.bench.resume.plugin", "nsa_sel.bench.suite.fixtures"]
 
 __all__ = [
     "pytest_benchmark_group_stats",
@@ -34,14 +34,8 @@ __all__ = [
 ]
 
 
-FAMILY_HELP = f"only these, with commas: {', '.join(cases.FAMILIES)}; {cases.PEERS}: beside other people's kernels"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa_sel")
-    group.addoption("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
-    group.addoption("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
-    group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
     group.addoption("--sel-table", action="store_true", help="print every benchmark at the end, not only the summary")
     group.addoption(
         "--sel-plant",

@@ -16,7 +16,7 @@ from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.report import screen
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite.fixtures import cases_of
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
 from nsa_sel.bench.tune.log import Progress
@@ -68,7 +68,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, b
 
 def _compiled(session: pytest.Session, progress: Progress) -> str:
     asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
-    known = cases.by_id()
+    known = cases_of(session.config)
     try:
         from nsa_sel.bench import precompile
 

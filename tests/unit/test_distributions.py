@@ -65,7 +65,7 @@ def test_every_distribution_gives_rows_of_distinct_tokens_within_sight(kind, lay
     lengths = []
     for row, spans in enumerate(tokens(case, make_ranges(case))):
         flat = sum(spans, [])
-        assert flat == sorted(set(flat)) and 0 <= flat[0]
+        assert flat == sorted(set(flat)) and flat[0] >= 0
         assert flat[-1] <= case.S_kv - case.S + row // case.G % case.S
         lengths.append(len(flat))
         if case.block:
@@ -197,8 +197,7 @@ def test_local_takes_the_fixed_blocks_and_holds_each_other_one_for_24_tokens():
         others -= {0, own - 1, own}
         for block in set(since) - others:
             held_for[s - since[block]] += since[block] > 1088  # what was there at first began before
-        for block in others - set(since):
-            begins[s % 24] += s > 1088
+        begins[s % 24] += len(others - set(since)) if s > 1088 else 0
         since = {block: since.get(block, s) for block in others}
     assert set(+held_for) == {24}
     assert len(+begins) == 13 and max(begins.values()) - min((+begins).values()) <= 1
