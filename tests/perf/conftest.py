@@ -16,7 +16,7 @@ from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.report import screen
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite.fixtures import cases_of
+from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
 from nsa_sel.bench.tune.log import Progress

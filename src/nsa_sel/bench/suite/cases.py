@@ -18,6 +18,8 @@ LAYOUTS = ("few", "many", "mixed")  # the distributions of `rows`
 DTYPES = ("bf16", "fp16")
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of every dtype that the kernel takes
 MATRICES = ("smoke", "hot", "full")
+# What pytest, a saved run and `--group-by=param:...` know of a case, beside case_id and method: fields of Case.
+PARAMETERS = ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "S", "G", "S_kv", "block")
 
 OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
 CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
@@ -69,6 +71,11 @@ class Case:
         elif self.family == "prefill":
             shape += f"-S{self.S}"
         return f"{shape}-{self.layout}"
+
+    @property
+    def parameters(self) -> dict[str, str | int]:
+        """Return PARAMETERS by name."""
+        return {name: getattr(self, name) for name in PARAMETERS}
 
     @property
     def B(self) -> int:

@@ -6,17 +6,15 @@ methods, which stay adjacent. Source: docs/cases.md.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import torch
 
 from . import cases as matrix
 from .cases import Case
+from .chosen import cases_of
 
-_CASES = pytest.StashKey[dict[str, Case]]()
 FAMILY_HELP = f"only these, with commas: {', '.join(matrix.FAMILIES)}; {matrix.PEERS}: beside other people's kernels"
 
 
@@ -34,9 +32,6 @@ class Shape(NamedTuple):
     G: int
     S_kv: int
     block: int
-
-
-OF_CASE = (*Shape._fields, "layout")  # parameters of a test, beside case_id and method
 
 
 class Hooks:
@@ -62,42 +57,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
 
 
-def cases_of(config: pytest.Config) -> dict[str, Case]:
-    """Return the cases of the run by their ids, in the order of measuring.
-
-    Raises:
-        pytest.UsageError: an unknown family, or a hook that returns a value or leaves two cases of one id.
-    """
-    if _CASES not in config.stash:
-        option = config.getoption
-        name = option("sel_matrix") or ("full" if torch.cuda.is_available() else "smoke")
-        try:
-            chosen = matrix.matrix(name, option("sel_dtype"), option("sel_family"))
-            returned = config.hook.pytest_nsa_sel_cases(config=config, cases=chosen)
-        except ValueError as error:
-            raise pytest.UsageError(str(error)) from None
-        if returned:
-            raise pytest.UsageError("pytest_nsa_sel_cases: returned a value, expected the list changed in place")
-        if twice := [name for name, count in Counter(case.id for case in chosen).items() if count > 1]:
-            raise pytest.UsageError(f"pytest_nsa_sel_cases: {twice[0]} is there twice, expected cases of different ids")
-        config.stash[_CASES] = {case.id: case for case in chosen}
-    return config.stash[_CASES]
-
-
-def parameters(case: Case) -> dict[str, Any]:
-    """Return what pytest, a saved run and `--group-by=param:...` know of a case, by name."""
-    return {"case_id": case.id, **{name: getattr(case, name) for name in OF_CASE}}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize the fixtures below through what they ask for: names and numbers, which pytest-benchmark saves."""
-    asked = [name for name in ("case_id", *OF_CASE, "method") if name in metafunc.fixturenames]
+    asked = [name for name in ("case_id", *matrix.PARAMETERS, "method") if name in metafunc.fixturenames]
     if not asked or not {"shape", "distribution", "kernel"} & set(metafunc.fixturenames):
         return
     values, ids = [], []
     for case in cases_of(metafunc.config).values():
         for method in case.methods if "method" in asked else [""]:
-            known = {**parameters(case), "method": method}
+            known = {**case.parameters, "case_id": case.id, "method": method}
             values.append([known[name] for name in asked])
             ids.append(f"{case.id}-{method}".removesuffix("-"))
     metafunc.parametrize(asked, values, ids=ids)
