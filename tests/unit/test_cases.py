@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +23,47 @@ def tokens(case: Case, ranges: torch.Tensor) -> list[list[list[int]]]:
     return [[list(range(max(a, 0), min(b, case.S_kv))) for a, b in row] for row in rows]
 
 
-def test_every_family_has_its_cases():
-    assert Counter(case.family for case in FULL) == {"rows": 504, "ragged": 9, "decode": 123, "long": 2, "prefill": 20}
-    decode = Counter((case.S_kv, case.L) for case in FULL if case.family == "decode" and case.H < 16)
-    # 2 H x 4 widths x 3 batches; contexts up to 512 are selected whole by n_sel 8 and 16 alike, hence once.
-    assert decode == dict.fromkeys([(128, 128), (256, 256), (512, 512), (8192, 512), (8192, 1024)], 24)
+def values(chosen: list[Case], *names: str) -> list[set]:
+    return [{getattr(case, name) for case in chosen} for name in names]
+
+
+def test_rows_are_every_combination_of_their_sizes_and_distributions():
+    rows = [case for case in FULL if case.family == "rows"]
+    each = values(rows, "layout", "H", "D", "Dv", "L", "N")
+    assert len(rows) == math.prod(map(len, each))
+    assert each[0] == set(cases.LAYOUTS) and each[4] >= {16, 32, 64, 128, 256, 512, 1024}
+
+
+def test_a_short_context_is_selected_whole_once():
+    assert {case.family for case in FULL} == set(cases.FAMILIES)
+    decode = [case for case in FULL if case.family == "decode"]
+    for case in decode:
+        assert (case.S_kv == case.L) == (case.layout == "few") and case.S_kv >= case.L
+    # In every shape the same contexts and lengths; those up to 512 are what 8 and 16 blocks select alike, hence once.
+    pairs = Counter((case.S_kv, case.L) for case in decode if case.H < 16)
+    assert len(set(pairs.values())) == 1 and {(128, 128), (512, 512), (8192, 512), (8192, 1024)} <= set(pairs)
+
+
+def test_the_cases_of_committed_runs_stay_in_the_matrix():
+    paths = sorted((Path(__file__).parents[2] / ".benchmarks").glob("*/*_baseline.json"))
+    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype)}
+    for path in paths:
+        saved = [bench["extra_info"] for bench in json.loads(path.read_text())["benchmarks"]]
+        for about in saved:
+            case = known[about["case"]]
+            assert about["method"] in case.methods and about["seed"] == case.seed
+            assert all(about[name] == case.parameters[name] for name in ("family", "layout", "H", "D", "Dv", "L", "N"))
+    assert paths
 
 
 def test_subsets():
     hot, smoke = cases.matrix("hot"), cases.matrix("smoke")
     assert set(hot) < set(FULL) and set(smoke) < set(FULL)
-    assert Counter(case.family for case in hot) == {"rows": 63, "decode": 3}
-    assert {(c.H, c.D, c.Dv) for c in hot if c.family == "rows"} == {(8, 128, 128)}
-    assert sum(len(case.methods) for case in hot) == 396
+    assert {case.family for case in hot} == {"rows", "decode"}
+    rows = [case for case in hot if case.family == "rows"]
+    assert {(c.H, c.D, c.Dv) for c in rows} == {(8, 128, 128)}
+    assert values(rows, "layout", "L", "N") == values([c for c in FULL if c.family == "rows"], "layout", "L", "N")
+    assert all(case.methods == (*cases.OP_METHODS, *cases.CORE_METHODS) for case in hot)
     assert sum("triton" not in m and "compiled" not in m for c in smoke for m in c.methods) >= 24
     assert {case.layout for case in smoke} == set(cases.LAYOUTS)
 

@@ -92,9 +92,14 @@ class Case:
         return self.L if longest is None else longest(self)
 
     @property
+    def ragged(self) -> bool:
+        """Tell whether the distribution gives rows different lengths, beyond what the causal limit does."""
+        return self.distribution.longest is not None
+
+    @property
     def one_length(self) -> bool:
         """Tell whether every row has L tokens; causal rows begin with one."""
-        return self.S == 1 and self.distribution.longest is None
+        return self.S == 1 and not self.ragged
 
     @property
     def hot(self) -> bool:
