@@ -1,5 +1,7 @@
-"""Say where `pytest-benchmark compare` belongs: it reads no conftest.py but that of the current folder."""
+"""The plugin of cases and fixtures; and where `pytest-benchmark compare`, which reads this file in tests/, belongs."""
 
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 
 __all__ = ["pytest_benchmark_group_stats"]
+
+pytest_plugins = ["nsa_sel.bench.suite.fixtures"]

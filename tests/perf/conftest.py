@@ -17,8 +17,8 @@ from nsa_sel.bench.report import screen
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
 from nsa_sel.bench.saved.speedups import kernel_of
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import kernels_among
+from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
 from nsa_sel.bench.threshold.rule import ThresholdError, decide
 from nsa_sel.bench.threshold.write import sentence
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     given = {kernel.name: kernel for kernel in kernels_of(config) if kernel.block_size}
     if not given:
         return
-    known, left_out = cases.by_id(), []
+    known, left_out = cases_of(config), []
     counts = config.stash[INEXPRESSIBLE] = Counter()
     for item in filter(_is_timed, items):
         case_id, method = (item.callspec.params[name] for name in ("case_id", "method"))
@@ -97,7 +97,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, b
 
 def _compiled(session: pytest.Session, progress: Progress) -> str:
     asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
-    known = cases.by_id()
+    known = cases_of(session.config)
     try:
         from nsa_sel.bench import precompile
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from nsa_sel.bench.suite import cases
-from nsa_sel.bench.suite.cases import Case, ragged_lengths
-from nsa_sel.bench.suite.inputs import make_inputs, make_ranges, memory_estimate, traffic
+from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.suite.inputs import make_inputs, memory_estimate, traffic
 
 FULL = cases.matrix("full")
 
@@ -20,19 +23,47 @@ def tokens(case: Case, ranges: torch.Tensor) -> list[list[list[int]]]:
     return [[list(range(max(a, 0), min(b, case.S_kv))) for a, b in row] for row in rows]
 
 
-def test_every_family_has_its_cases():
-    assert Counter(case.family for case in FULL) == {"rows": 504, "ragged": 9, "decode": 123, "long": 2, "prefill": 20}
-    decode = Counter((case.S_kv, case.L) for case in FULL if case.family == "decode" and case.H < 16)
-    # 2 H x 4 widths x 3 batches; contexts up to 512 are selected whole by n_sel 8 and 16 alike, hence once.
-    assert decode == dict.fromkeys([(128, 128), (256, 256), (512, 512), (8192, 512), (8192, 1024)], 24)
+def values(chosen: list[Case], *names: str) -> list[set]:
+    return [{getattr(case, name) for case in chosen} for name in names]
+
+
+def test_rows_are_every_combination_of_their_sizes_and_distributions():
+    rows = [case for case in FULL if case.family == "rows"]
+    each = values(rows, "layout", "H", "D", "Dv", "L", "N")
+    assert len(rows) == math.prod(map(len, each))
+    assert each[0] == set(cases.LAYOUTS) and each[4] >= {16, 32, 64, 128, 256, 512, 1024}
+
+
+def test_a_short_context_is_selected_whole_once():
+    assert {case.family for case in FULL} == set(cases.FAMILIES)
+    decode = [case for case in FULL if case.family == "decode"]
+    for case in decode:
+        assert (case.S_kv == case.L) == (case.layout == "few") and case.S_kv >= case.L
+    # In every shape the same contexts and lengths; those up to 512 are what 8 and 16 blocks select alike, hence once.
+    pairs = Counter((case.S_kv, case.L) for case in decode if case.H < 16)
+    assert len(set(pairs.values())) == 1 and {(128, 128), (512, 512), (8192, 512), (8192, 1024)} <= set(pairs)
+
+
+def test_the_cases_of_committed_runs_stay_in_the_matrix():
+    paths = sorted((Path(__file__).parents[2] / ".benchmarks").glob("*/*_baseline.json"))
+    known = {case.id: case for dtype in cases.DTYPES for case in cases.matrix("full", dtype)}
+    for path in paths:
+        saved = [bench["extra_info"] for bench in json.loads(path.read_text())["benchmarks"]]
+        for about in saved:
+            case = known[about["case"]]
+            assert about["method"] in case.methods and about["seed"] == case.seed
+            assert all(about[name] == case.parameters[name] for name in ("family", "layout", "H", "D", "Dv", "L", "N"))
+    assert paths
 
 
 def test_subsets():
     hot, smoke = cases.matrix("hot"), cases.matrix("smoke")
     assert set(hot) < set(FULL) and set(smoke) < set(FULL)
-    assert Counter(case.family for case in hot) == {"rows": 63, "decode": 3}
-    assert {(c.H, c.D, c.Dv) for c in hot if c.family == "rows"} == {(8, 128, 128)}
-    assert sum(len(case.methods) for case in hot) == 396
+    assert {case.family for case in hot} == {"rows", "decode"}
+    rows = [case for case in hot if case.family == "rows"]
+    assert {(c.H, c.D, c.Dv) for c in rows} == {(8, 128, 128)}
+    assert values(rows, "layout", "L", "N") == values([c for c in FULL if c.family == "rows"], "layout", "L", "N")
+    assert all(case.methods == (*cases.OP_METHODS, *cases.CORE_METHODS) for case in hot)
     assert sum("triton" not in m and "compiled" not in m for c in smoke for m in c.methods) >= 24
     assert {case.layout for case in smoke} == set(cases.LAYOUTS)
 
@@ -67,57 +98,6 @@ def test_unknown_names_are_refused(arguments):
 def test_impossible_lengths_are_refused(make):
     with pytest.raises(ValueError, match="^L: value is"):
         make()
-
-
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("L", [16, 64, 1024])
-def test_rows_select_L_tokens_once_spread_over_the_context(layout, L):
-    case = cases.rows_case("bf16", layout, 4, 64, 64, L, 64)
-    counts = Counter()
-    for row in tokens(case, make_ranges(case)):
-        spans = [span for span in row if span]
-        flat = [token for span in spans for token in span]
-        assert len(flat) == len(set(flat)) == L and flat == sorted(flat)
-        counts[len(spans)] += 1
-        if layout == "many":
-            assert [span[0] // 256 for span in spans] == list(range(8)) and {len(span) for span in spans} == {L // 8}
-        elif layout == "few":
-            assert spans == [list(range(L))]
-    assert set(counts) == {"few": {1}, "many": {8}, "mixed": {2, 4, 8}}[layout]
-
-
-def test_ragged_lengths_have_the_mean_and_the_ratio():
-    for case in cases.matrix("full", family="ragged"):
-        L = ragged_lengths(case)
-        assert abs(sum(L) / len(L) / case.L - 1) < 0.01 and 13 < max(L) / min(L) <= 17 and max(L) <= case.S_kv
-        drawn = [len(row[0]) for row in tokens(case, make_ranges(case))]
-        assert sorted(drawn) == L and drawn != L  # the long rows stand anywhere
-
-
-def test_decode_selects_whole_blocks():
-    case = cases.decode_case("bf16", "many", 4, 64, 64, 512, 2, 8192)
-    for row in tokens(case, make_ranges(case)):
-        starts = [span[0] for span in row]
-        assert starts[0] == 0 and starts[-1] == 8192 - 64 and len(set(starts)) == 8
-        assert all(start % 64 == 0 and len(span) == 64 for start, span in zip(starts, row, strict=True))
-    few = cases.decode_case("bf16", "few", 4, 64, 64, 512, 2, 8192)
-    for row in tokens(few, make_ranges(few)):
-        flat = sum(row, [])
-        assert flat == list(range(flat[0], flat[0] + 512))
-
-
-def test_prefill_is_causal_and_takes_the_first_and_the_own_block():
-    case = next(c for c in cases.matrix("full", family="prefill") if (c.S, c.G, c.L) == (1024, 4, 512))
-    lengths = []
-    for row, spans in enumerate(tokens(case, make_ranges(case))):
-        position = row // case.G % case.S
-        spans = [span for span in spans if span]
-        flat = sum(spans, [])
-        own = list(range(position // 64 * 64, position + 1))
-        assert len(flat) == len(set(flat)) and max(flat) == position and own in spans
-        assert spans[0][0] == 0 and len(spans) == min(8, position // 64 + 1)
-        lengths.append(len(flat))
-    assert min(lengths) == 1 and max(lengths) == case.L  # the hints that make_inputs gives
 
 
 @pytest.mark.parametrize("case", [case for case in cases.matrix("smoke") if case.L <= 64], ids=lambda case: case.id)

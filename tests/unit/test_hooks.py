@@ -3,15 +3,18 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import saved_runs
 from saved_runs import document, entry, save_entries, use_noise
 
-from nsa_sel.bench.compare import hooks, rule, table_command
+from nsa_sel.bench.compare import hooks, rule, table_command, theirs
 from nsa_sel.bench.saved import run as runs
+from nsa_sel.bench.suite import cases
 
 pytest_plugins = ["pytester"]
 SRC = Path(rule.__file__).parents[3]
@@ -243,6 +246,58 @@ def test_benchmarks_switched_off_are_announced(perf):
     assert "NOTHING WAS TIMED" not in perf({"a": 100}).stdout.str()
 
 
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ("--benchmark-columns=min,median", "Name (time in us)*Min*Median*"),
+        ("--benchmark-sort=name", "Name (time in us)*Outliers*"),
+        ("--benchmark-group-by=param:case_id", "*benchmark 'case_id=a': 1 tests*"),
+        ("--benchmark-name=short", "sel?a-triton? *"),
+        ("--benchmark-verbose", "*Name (time in us)*"),
+    ],
+)
+def test_whoever_asks_for_something_in_the_table_sees_it(perf, pytester, option, shown):
+    pytester.makeini("[pytest]\naddopts = --benchmark-quiet")
+    assert "Name (time" not in perf({"a": 100}).stdout.str()
+    perf({"a": 100}, option).stdout.fnmatch_lines([shown])
+    assert "Name (time" not in perf({"a": 100}, "--benchmark-columns=min", "--benchmark-quiet").stdout.str()
+
+
+def test_grouping_by_a_parameter_that_does_not_exist_lists_those_that_do(perf):
+    refused = perf({"a": 100}, "--benchmark-group-by=group,param:L")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(
+        ["*--benchmark-group-by: value is 'param:L', expected param: and one of case_id, method"]
+    )
+
+
+def test_a_histogram_that_cannot_be_drawn_says_what_it_needs(perf, monkeypatch):
+    monkeypatch.setattr(theirs, "find_spec", lambda name: None)
+    refused = perf({"a": 100}, "--benchmark-histogram")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*--benchmark-histogram: needs pygal: pip install 'nsa-sel?histogram?'"])
+
+
+def test_compare_fail_of_pytest_benchmark_fails_the_run_beside_our_verdict(perf):
+    perf({"a": 100, "b": 50}, "--benchmark-save=baseline")
+    slower = perf({"a": 107, "b": 50}, "--benchmark-compare-fail=mean:5%")
+    assert slower.ret == 1
+    slower.stdout.fnmatch_lines(
+        ["verdict: pass*", "--benchmark-compare-fail:", "test_sel?a-triton?*Field 'mean' has failed*", "*2 passed*"]
+    )
+    assert "test_sel[b-triton]" not in slower.stdout.str().partition("compare-fail:")[2]
+    assert perf({"a": 107, "b": 50}, "--benchmark-compare-fail=mean:10%").ret == 0
+    ours = perf({"a": 120, "b": 50}, "--benchmark-compare-fail=mean:30%", "--perf-fail")
+    assert ours.ret == 1
+    ours.stdout.fnmatch_lines(["*verdict: FAIL, 1 slower*"])
+
+
+def test_compare_fail_without_a_run_to_compare_with_is_no_pass(perf):
+    alone = perf({"a": 100}, "--benchmark-compare-fail=mean:5%", "--benchmark-save=first")
+    assert alone.ret == 1
+    alone.stdout.fnmatch_lines(["*not compared: *", "--benchmark-compare-fail:", "not judged: no run to compare with"])
+
+
 def command(folder, *arguments):
     """Run one of the two commands in `folder` as a user does; return its result."""
     environment = os.environ | {"PYTHONPATH": str(SRC)}
@@ -284,6 +339,35 @@ def test_the_table_of_pytest_benchmark_is_whole_if_more_is_asked_for(tmp_path, m
         )
     text = command(tmp_path, "pytest_benchmark", *more).stdout
     assert "test_sel[a-triton]" in text and "test_sel[b-triton]" in text and "cut to" not in text
+
+
+def test_older_runs_are_grouped_by_the_parameters_that_they_lack(tmp_path):
+    tmp_path.joinpath("conftest.py").write_text(CONFTEST)
+    known = [cases.matrix("full", family="decode")[0], cases.rows_case("bf16", "few", 8, 64, 64, 2048, 64)]
+    for number in (1, 2):  # as they were saved with case_id and method alone
+        data = saved_runs.run(known, when=f"2026-01-0{number}T00:00:00+00:00", identity=saved_runs.H200)
+        saved_runs.save(data, tmp_path / ".benchmarks" / H200 / f"000{number}_x.json")
+    for group_by, groups in (
+        ("param:L", ["L=128", "L=2048"]),
+        ("param:layout,param:N", ["layout=few N=4", "layout=few N=64"]),
+    ):
+        done = command(tmp_path, "pytest_benchmark", "compare", f"--group-by={group_by}")
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"benchmark '(.*)'", done.stdout) == groups
+    refused = command(tmp_path, "pytest_benchmark", "compare", "--group-by=param:S_kv")
+    assert refused.returncode == 1 and not refused.stdout
+    assert "'param:S_kv', expected param: and one of D, Dv, H, L, N, " in refused.stderr  # no case of the matrix tells
+    drawn = command(tmp_path, "pytest_benchmark", "compare", "--histogram=x")
+    assert (
+        drawn.returncode == 0 or drawn.stderr == "nsa_sel: --histogram: needs pygal: pip install 'nsa-sel[histogram]'\n"
+    )
+
+
+def test_every_case_of_the_committed_runs_has_every_parameter():
+    paths = sorted((SRC.parent / ".benchmarks").glob("*/*_baseline.json"))
+    rows = theirs.with_parameters(json.loads(paths[-1].read_text())["benchmarks"])
+    assert all(set(row["params"]) == {"case_id", "method", *cases.PARAMETERS} for row in rows)
+    assert all(row["params"][name] == row["extra_info"][name] for row in rows for name in ("layout", "H", "L", "N"))
 
 
 @pytest.mark.parametrize("folder", ["tests", "tests/unit", "tests/perf", "tests/parity", "tests/soak"])

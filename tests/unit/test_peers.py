@@ -53,7 +53,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Session:
 
 def test_peers_are_timed_only_when_asked_for():
     full = cases.matrix("full")
-    assert len(full) == 658 and sum(len(case.methods) for case in full) == 3356
     assert not any(case.peers or set(case.methods) & set(cases.PEER_METHODS) for case in full)
 
 

@@ -32,6 +32,7 @@ def thin(dtype: str = "bf16") -> list[Case]:
 FULL = thin()
 DECODE = [c for c in FULL if c.family == "decode"]
 HOT = next(c for c in FULL if c.family == "rows" and c.L == 16)
+LONGEST = max(c.L for c in FULL if c.family == "rows")
 COLD = next(c for c in DECODE if not c.hot)
 REPOSITORY = Path(__file__).parents[2]
 
@@ -86,7 +87,7 @@ def test_a_hole_in_the_middle_counts(tmp_path):
 
 
 def test_one_slow_case_among_the_longest_leaves_no_threshold(tmp_path):
-    slow = first("rows", 1024)
+    slow = first("rows", LONGEST)
     decided = decide(tmp_path, saved_runs.run(FULL, lambda c, kind: 1.19 if c == slow else 3.0))
     assert of(decided, "rows").min_L is None
     assert decided.min_L is None
@@ -102,7 +103,7 @@ def test_one_slow_case_is_named_as_the_deciding_one(tmp_path):
 
 @pytest.mark.parametrize("ratio, expected", [(1.2, 16), (1.1999, None)])
 def test_the_bound_is_1_2(tmp_path, ratio, expected):
-    long_ones = {c.id for c in FULL if c.family == "rows" and c.L == 1024}
+    long_ones = {c.id for c in FULL if c.family == "rows" and c.L == LONGEST}
     run = saved_runs.run(FULL, lambda c, kind: ratio + 1e-9 if c.id in long_ones else 3.0, half_width=0.0)
     assert of(decide(tmp_path, run), "rows").min_L == expected
 
@@ -760,7 +761,7 @@ def test_apply_writes_through_a_link(files, tmp_path):
 
 def test_without_a_threshold_nothing_is_written_and_the_reason_is_said(files, tmp_path, capsys):
     before = [path.read_bytes() for path in files]
-    slow, lost = first("rows", 1024), first("decode", 1024)
+    slow, lost = first("rows", LONGEST), first("decode", 1024)
     run = saved_runs.run(FULL, lambda c, kind: 1.1 if c == slow else 3.0, without=op_keys(lost))
     assert apply(tmp_path, run) == 1
     said = capsys.readouterr().out

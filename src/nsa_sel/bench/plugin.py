@@ -14,9 +14,12 @@ from .compare.hooks import (
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
-from .suite import cases
 
-pytest_plugins = [f"{__package__}.resume.plugin", f"{__package__}.suite.kernel_options"]
+pytest_plugins = [
+    f"{__package__}.resume.plugin",
+    f"{__package__}.suite.fixtures",
+    f"{__package__}.suite.kernel_options",
+]
 
 __all__ = [
     "pytest_benchmark_group_stats",
@@ -28,14 +31,9 @@ __all__ = [
     "pytest_terminal_summary",
 ]
 
-FAMILY_HELP = f"only these, with commas: {', '.join(cases.FAMILIES)}; {cases.PEERS}: beside other people's kernels"
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa_sel")
-    group.addoption("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
-    group.addoption("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
-    group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
     group.addoption("--sel-table", action="store_true", help="print every benchmark at the end, not only the summary")
     group.addoption(
         "--sel-plant",

@@ -51,7 +51,7 @@ PARITY = Suite(
 PERF = Suite(
     "bench",
     "perf",
-    ("plugin", "resume.plugin", "suite.kernel_options"),
+    ("plugin", "resume.plugin", "suite.fixtures", "suite.kernel_options"),
     "How fast is a kernel here? Times it beside packed SDPA; without a GPU only the references are timed.",
     """  nsa-sel bench --benchmark-autosave        saves the run; nsa-sel compare, report and threshold read it
   nsa-sel bench --sel-matrix hot -k L64-    only cases with this in their id

@@ -80,7 +80,7 @@ def _matrix() -> frozenset[Call]:
     """Return every shape of the perf matrix: in place, and its rows packed."""
     shapes = set()
     for case in cases.matrix("full"):
-        same = case.family != "ragged"
+        same = not case.ragged
         shapes.add(Call(case.N, case.H, case.D, case.Dv, case.n_spans, case.longest, case.S > 1, same))
         shapes.add(Call(case.N, case.H, case.D, case.Dv, 1, case.longest, one_length=same))
     return frozenset(shapes)

@@ -18,7 +18,7 @@ from ..saved.figures import is_figure, mapping
 from ..saved.run import MARK, Key, Run, RunError, from_entries, notes, read_json, timing
 from ..tables import printable
 from ..timer.machine import environment
-from . import table_command
+from . import table_command, theirs
 from .result import Comparison
 from .rule import compare, confirm, to_measure_again
 
@@ -29,6 +29,7 @@ _CASES = pytest.StashKey[list[Key]]()  # what the run was asked for
 _ASKED = pytest.StashKey[str | bool]()  # True: with the default baseline; a text: with this run
 _INTERRUPTED = pytest.StashKey[bool]()
 _RESULT = pytest.StashKey[Comparison | str]()
+_THEIRS = pytest.StashKey[list[str]]()  # what --benchmark-compare-fail found
 _SKIP_SUMMARY = (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 
 
@@ -64,9 +65,10 @@ def addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take --benchmark-compare over: pytest-benchmark would load its run before the GPU is known."""
-    theirs = config.getoption("benchmark_compare", None)
-    named = next((spec for spec in (config.getoption("sel_baseline"), theirs) if isinstance(spec, str)), None)
-    if named is not None or theirs or config.getoption("perf_fail"):
+    theirs.prepare(config)
+    compare, fail = (config.getoption(name, None) for name in ("benchmark_compare", "benchmark_compare_fail"))
+    named = next((spec for spec in (config.getoption("sel_baseline"), compare) if isinstance(spec, str)), None)
+    if named is not None or compare or fail or config.getoption("perf_fail"):
         config.stash[_ASKED] = True if named is None else named
     if hasattr(config.option, "benchmark_compare"):
         config.option.benchmark_compare = []
@@ -76,8 +78,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Note what the run is asked for: what of it has no time at the end is missing."""
-    params = (item.callspec.params for item in session.items if hasattr(item, "callspec"))
-    session.config.stash[_CASES] = [(p["case_id"], p["method"]) for p in params if {"case_id", "method"} <= p.keys()]
+    params = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    params = [of for of in params if {"case_id", "method"} <= of.keys()]
+    session.config.stash[_CASES] = [(of["case_id"], of["method"]) for of in params]
+    if params:
+        try:
+            theirs.check_grouping(
+                session.config.getoption("benchmark_group_by", "group"), set.intersection(*map(set, params))
+            )
+        except ValueError as error:
+            raise pytest.UsageError(f"--benchmark-{error}") from None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -101,7 +111,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
             config.stash[_RESULT] = printable(f"nsa_sel: not compared: {error}")
         if _failed(config) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    return (yield)
+    result = yield
+    if config.stash.get(_THEIRS, None) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return result
 
 
 def _this_run(config: pytest.Config, benchmarks: Iterable[Any]) -> Run | None:
@@ -180,10 +193,13 @@ def _failed(config: pytest.Config) -> bool:
     return not isinstance(result, Comparison) or bool(result.exit_code)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
     """Print the comparison after pytest-benchmark's table, and say if benchmarks were switched off."""
     config = terminalreporter.config
+    benchmarks = getattr(config, "_benchmarksession", None)
+    regressed = theirs.take_regressions(benchmarks) if benchmarks is not None else None
+    done = yield
     if _switched_off(config, terminalreporter.stats):
         terminalreporter.write_line(
             "nsa_sel: NOTHING WAS TIMED: benchmarks are switched off (--benchmark-disable, or xdist's -n)", red=True
@@ -193,6 +209,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("comparison", sep="-")
         text = result if isinstance(result, str) else result.text(terminalreporter.hasmarkup)
         terminalreporter.write_line(text)
+    if regressed:
+        config.stash[_THEIRS] = regressed
+        for line in ("--benchmark-compare-fail:", *regressed):
+            terminalreporter.write_line(line, red=True)
+    return done
 
 
 def _switched_off(config: pytest.Config, stats: Mapping[str, list[Any]]) -> bool:
@@ -233,5 +254,5 @@ def pytest_benchmark_group_stats(
 
     rows = list(benchmarks)
     if config is None:
-        rows = table_command.announce(rows)
+        rows = table_command.announce(theirs.with_parameters(rows))
     return plugin.pytest_benchmark_group_stats(config, rows, group_by)

@@ -16,6 +16,7 @@ from ..saved import storage
 from ..saved.figures import mapping
 from ..saved.run import Run, RunError, from_entries, notes, read_json, short_name
 from ..tables import printable
+from . import theirs
 from .command import shows_colour
 from .result import SHOWN, Comparison
 from .rule import compare
@@ -24,8 +25,20 @@ Rows = list[dict[str, Any]]
 
 
 def announce(rows: Rows) -> Rows:
-    """Print the comparison, again its verdict when the command ends, and return the rows for the table."""
+    """Print the comparison, again its verdict when the command ends, and return the rows for the table.
+
+    Raises:
+        SystemExit: a histogram that cannot be drawn, or a parameter that the runs do not have.
+    """
     asked = asked_for()
+    if asked.histogram and not theirs.draws_histograms():
+        raise SystemExit(f"nsa_sel: --{theirs.NO_PYGAL}")
+    try:
+        theirs.check_grouping(
+            asked.group_by, set.intersection(*(set(row["params"]) for row in rows)) if rows else set()
+        )
+    except ValueError as error:
+        raise SystemExit(f"nsa_sel: --{error}") from None
     comparisons, problems = compare_rows(rows, asked)
     colour = shows_colour()
     print("\n\n".join([*(found.text(colour) for found in comparisons), *problems]))

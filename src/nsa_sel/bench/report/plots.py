@@ -50,7 +50,8 @@ def speedup_by_length(rows: Sequence[Row], min_len: int | None, kernel: str = TR
     """
     core = kernel + CORE_SUFFIX
     chosen = [r for r in rows if r["family"] == "rows" and r["method"] in (kernel, core)]
-    layouts = [name for name in _LAYOUTS if any(r["layout"] == name for r in chosen)]
+    there = dict.fromkeys(r["layout"] for r in chosen)
+    layouts = [name for name in _LAYOUTS if name in there] + [name for name in there if name not in _LAYOUTS]
     panels = [
         (kernel, "call_speedup", "op, eager call time\nspeed-up (decides)"),
         (kernel, "speedup", "op, device time\nspeed-up"),
@@ -77,7 +78,7 @@ def speedup_by_length(rows: Sequence[Row], min_len: int | None, kernel: str = TR
                 _plain_ticks(ax, x_values=sorted({r["L"] for r in chosen}), suffix="x")
             line[0].set_ylabel(label)
         for layout, ax in zip(layouts, axes[0], strict=True):
-            ax.set_title(_LAYOUTS[layout], fontsize=10)
+            ax.set_title(_LAYOUTS.get(layout, layout), fontsize=10)
         for ax in axes[-1]:
             ax.set_xlabel("selected length L (tokens)")
         extra = [_line_key("black", (0, (5, 3)), f"{NEEDED_SPEEDUP}x")]

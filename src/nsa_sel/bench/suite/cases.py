@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..saved.speedups import CORE_SUFFIX, EVERY_SDPA_FORM, SDPA_FORMS, TRITON, kernel_of
+from . import distributions
+from .distributions import DECODE, PREFILL, SPANS, Distribution
 
 BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
 ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
-RAGGED_RATIO = 16  # longest / shortest row of a `ragged` case
 FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
 PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
-LAYOUTS = ("few", "many", "mixed")
+LAYOUTS = ("few", "many", "mixed")  # the distributions of `rows`
 DTYPES = ("bf16", "fp16")
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of every dtype that the kernel takes
 MATRICES = ("smoke", "hot", "full")
+# What pytest, a saved run and `--group-by=param:...` know of a case, beside case_id and method: fields of Case.
+PARAMETERS = ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "S", "G", "S_kv", "block")
 
 OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
 CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
@@ -30,10 +32,12 @@ PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 class Case:
     """Describe one measured shape; frozen, hashable, and named by `id`.
 
-    family: one of FAMILIES. dtype: "bf16" or "fp16". layout: few (one span; blocks: adjacent), many (8 equal spans;
-    blocks: scattered) or mixed (2, 4 or 8 random spans). H: heads per group. D, Dv: widths. L: selected tokens per row
-    (the mean in `ragged`, the most in `prefill`). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length
-    where spans are blocks, 0 elsewhere. peers: timed beside other people's kernels.
+    family: one of FAMILIES. dtype: "bf16" or "fp16". layout: the distribution's name. H: heads per group. D, Dv:
+    widths. L: selected tokens per row (the mean in `ragged`, the most in `prefill`). N = B·S·G rows. S_kv: KV tokens of
+    one (b, g). block: span length where spans are blocks, 0 elsewhere. peers: timed beside other people's kernels.
+
+    Raises:
+        ValueError: no distribution has the layout's name, or it does not draw rows of this kind.
     """
 
     family: str
@@ -50,6 +54,15 @@ class Case:
     block: int = 0
     peers: bool = False
 
+    def __post_init__(self) -> None:
+        _ = self.distribution
+
+    @property
+    def distribution(self) -> Distribution:
+        """Return how rows select. The family `ragged` draws `ragged`, though saved runs call its layout `few`."""
+        kind = SPANS if not self.block else PREFILL if self.S > 1 else DECODE
+        return distributions.find("ragged" if self.family == "ragged" else self.layout, kind)
+
     @property
     def id(self) -> str:
         """Return the readable name, e.g. `rows-bf16-H8-D128-Dv128-L512-N1024-many`."""
@@ -61,24 +74,33 @@ class Case:
         return f"{shape}-{self.layout}"
 
     @property
+    def parameters(self) -> dict[str, str | int]:
+        """Return PARAMETERS by name."""
+        return {name: getattr(self, name) for name in PARAMETERS}
+
+    @property
     def B(self) -> int:
         return self.N // (self.S * self.G)
 
     @property
     def n_spans(self) -> int:
-        if self.block:
-            return self.L // self.block
-        return 1 if self.layout == "few" else 8
+        return self.L // self.block if self.block else self.distribution.n_spans
 
     @cached_property
     def longest(self) -> int:
         """Return the tokens of the longest row: L, or more where rows are ragged."""
-        return max(ragged_lengths(self)) if self.family == "ragged" else self.L
+        longest = self.distribution.longest
+        return self.L if longest is None else longest(self)
+
+    @property
+    def ragged(self) -> bool:
+        """Tell whether the distribution gives rows different lengths, beyond what the causal limit does."""
+        return self.distribution.longest is not None
 
     @property
     def one_length(self) -> bool:
-        """Tell whether every row has L tokens."""
-        return self.family not in ("ragged", "prefill")
+        """Tell whether every row has L tokens; causal rows begin with one."""
+        return self.S == 1 and not self.ragged
 
     @property
     def hot(self) -> bool:
@@ -113,12 +135,6 @@ def kernels_among(methods: Iterable[str]) -> list[str]:
     """Return the kernels that some methods are of, ours first, the others in their order."""
     found = dict.fromkeys(kernel_of(method) for method in methods if is_kernel(method))
     return sorted(found, key=lambda name: name != TRITON["op"])
-
-
-def ragged_lengths(case: Case) -> list[int]:
-    """Return the row lengths of a ragged case in rising order: the N mid-quantiles of a log-uniform law with mean L."""
-    shortest = case.L * math.log(RAGGED_RATIO) / (RAGGED_RATIO - 1)
-    return [round(shortest * RAGGED_RATIO ** ((i + 0.5) / case.N)) for i in range(case.N)]
 
 
 def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Case]:
@@ -174,6 +190,17 @@ def decode_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, batch:
     return Case("decode", dtype, layout, H, D, Dv, L, 4 * batch, G=4, S_kv=context, block=BLOCK)
 
 
+def prefill_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, S: int, G: int, batch: int = 1) -> Case:
+    """Return a case of S query tokens that each select up to L/64 blocks of the S keys, its own among the last.
+
+    Raises:
+        ValueError: L or S is no multiple of 64, or L exceeds S.
+    """
+    if L % BLOCK or S % BLOCK or not 0 < L <= S:
+        raise ValueError(f"L: value is {L}, expected a multiple of {BLOCK} up to the sequence of {S}")
+    return Case("prefill", dtype, layout, H, D, Dv, L, batch * S * G, S=S, G=G, S_kv=S, block=BLOCK)
+
+
 def _rows(dtype: str) -> list[Case]:
     return [
         rows_case(dtype, layout, H, D, Dv, L, N)
@@ -218,18 +245,13 @@ def _long(dtype: str) -> list[Case]:
 def _prefill(dtype: str) -> list[Case]:
     shapes = [(S, G, H, 128) for S in (1024, 4096) for G in (1, 4) for H in (4, 16)]
     shapes += [(S, 4, 16, 192) for S in (1024, 4096)]  # NSA's own widths
-    return [
-        Case("prefill", dtype, "many", H, D, 128, n_sel * BLOCK, S * G, S=S, G=G, S_kv=S, block=BLOCK)
-        for S, G, H, D in shapes
-        for n_sel in (8, 16)
-    ]
+    return [prefill_case(dtype, "many", H, D, 128, n_sel * BLOCK, S, G) for S, G, H, D in shapes for n_sel in (8, 16)]
 
 
 def _peers(name: str, dtype: str) -> list[Case]:
     L = 16 * BLOCK
     larger = [decode_case(dtype, "many", 16, 128, 128, L, batch, 65_536) for batch in (1, 8, 64)]
-    S, G = 16_384, 4
-    larger.append(Case("prefill", dtype, "many", 16, 128, 128, L, S * G, S=S, G=G, S_kv=S, block=BLOCK))
+    larger.append(prefill_case(dtype, "many", 16, 128, 128, L, 16_384, 4))
     cases = [replace(case, peers=True) for case in (*_decode(dtype), *_prefill(dtype), *larger)]
     if name == "hot":
         return [case for case in cases if case.H == 16]

@@ -80,7 +80,7 @@ def select(args: argparse.Namespace) -> list[Case]:
     given = bool(args.matrix or args.family or args.k)
     chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
     chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
-    chosen = [case for case in chosen if case.family != "ragged"]
+    chosen = [case for case in chosen if not case.ragged]
     if not chosen:
         raise ValueError(f"no case of the matrix but ragged ones has all of these in its id: {', '.join(args.k)}")
     return chosen
