@@ -37,7 +37,7 @@ def test_sel(sel_case: Case, kernel: str, benchmark, bench: Session, pytestconfi
     except BaseException as error:  # an interrupt too
         benchmark.has_error = True  # else half a measurement would be saved, or a run could not be saved at all
         if isinstance(error, WrongResult):  # its lines as they are, to be pasted
-            pytest.fail(str(error), pytrace=False)
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
         if isinstance(error, Exception) and bench.lost():
             pytest.exit(f"the GPU no longer answers since {sel_case.id} {kernel}: {error}", returncode=1)
         raise

@@ -118,6 +118,7 @@ def test_a_wrong_kernel_has_no_time_and_a_repro_that_can_be_pasted(perf):
     done, saved, folder = perf
     assert done.returncode == 1
     assert not any("wrong" in method for methods in methods_by_case(saved).values() for method in methods)
+    assert "During handling" not in done.stdout and "Traceback" not in done.stdout
     lines = done.stdout.splitlines()
     begin = next(at for at, line in enumerate(lines) if line.startswith("import sys; "))
     end = lines.index("assert verdict.ok, verdict.message", begin)

@@ -73,7 +73,7 @@ def _repro(state: CaseState, kernel: UserKernel, core: bool) -> str:
     takes = [kernel.takes] if kernel.block_size else []
     lines = [
         'import sys; sys.path[:0] = ["", "src"]',
-        "from nsa_sel.bench.methods.contender import CaseState, packed_as_inputs",
+        f"from nsa_sel.bench.methods.contender import CaseState{', packed_as_inputs' if core else ''}",
         "from nsa_sel.bench.suite import gate, kernels",
         "from nsa_sel.bench.suite.cases import Case",
         f"from nsa_sel.bench.timer.timing import {timer}",
