@@ -53,7 +53,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """Leave out the letter of a benchmark that did not fail: the line with the time left takes its place."""
-    if PROGRESS in config.stash and "benchmark" in report.keywords and (report.skipped or report.passed):
+    timed = "benchmark" in getattr(report, "keywords", ())  # a module that cannot be collected has none
+    if PROGRESS in config.stash and timed and (report.skipped or report.passed):
         return report.outcome if report.skipped or report.when == "call" else "", "", ""
     return None
 

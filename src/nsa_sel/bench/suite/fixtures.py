@@ -62,8 +62,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = [name for name in ("case_id", *matrix.PARAMETERS, "method") if name in metafunc.fixturenames]
     if not asked or not {"shape", "distribution", "kernel"} & set(metafunc.fixturenames):
         return
+    try:
+        cases = cases_of(metafunc.config)
+    except pytest.UsageError as error:  # raised in a hook of the collection it would be shown with a traceback
+        raise pytest.Collector.CollectError(str(error)) from None
     values, ids = [], []
-    for case in cases_of(metafunc.config).values():
+    for case in cases.values():
         for method in case.methods if "method" in asked else [""]:
             known = {**case.parameters, "case_id": case.id, "method": method}
             values.append([known[name] for name in asked])
