@@ -18,6 +18,7 @@ ORDER = """
     errors config spans < routing reference
     errors < kernel
     routing reference kernel < dispatch < ops < api < __init__ < bench < __main__
+    dispatch ops config < recording < __init__
 """
 BENCH_ORDER = """
     timer saved tables < suite < compare < threshold < report
