@@ -42,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("parity")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests of a file of cases where none is given."""
+    return True if collection_path.name == "test_own_cases.py" and not config.getoption("sel_cases") else None
+
+
 @cache
 def why_not() -> str | None:
     """Return why the kernel cannot run here, or None."""

@@ -130,7 +130,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line)
     files = [str(path) for path in _resume(config).saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
-        terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full"))
+        terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix")))
     if not (session.save or session.autosave or session.json):
         terminalreporter.write_line("not saved; --benchmark-autosave does")
     if files:
@@ -144,7 +144,7 @@ def _reason(report: Any) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _proposal(path: str, matrix: str) -> str:
+def _proposal(path: str, matrix: str | None) -> str:
     """Return the threshold that this run alone supports."""
     try:
         return sentence(decide([Saved.load(path)], matrix))

@@ -22,7 +22,7 @@ ORDER = """
 """
 BENCH_ORDER = """
     timer saved tables < suite < compare < threshold < report
-    timer saved < resume
+    timer saved suite < resume
     suite timer < methods < session tune checks
     session < compare < checks
     compare session tune precompile < continuous

@@ -6,13 +6,14 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..saved import storage
 from ..saved.run import Key, Run, RunError, Timing, load, short_name, timing
-from ..suite import cases
+from ..suite.cases import Case
+from ..suite.saved_cases import known
 from ..tables import printable, replace_file
 from . import export
 from .result import Comparison
@@ -112,7 +113,7 @@ def measure_again(comparison: Comparison) -> Comparison:
     if not keys:
         return comparison
     print(f"measuring {len(keys)} timings again", file=sys.stderr)
-    fresh, floor_us = _fresh(keys)
+    fresh, floor_us = _fresh(keys, known(new.cases))
     machine = comparison.machine
     if floor_us is not None and comparison.old.floor_us is not None:  # another process has a launch floor of its own
         machine = replace(machine, shift_us=floor_us - comparison.old.floor_us)
@@ -128,16 +129,15 @@ def _checked_out() -> str:
         return ""
 
 
-def _fresh(keys: list[Key]) -> tuple[dict[Key, Timing], float | None]:
+def _fresh(keys: list[Key], cases: Mapping[str, Case]) -> tuple[dict[Key, Timing], float | None]:
     """Return fresh timings of those that can be measured, and this process's launch floor in µs."""
     from ..session import Session
 
-    known = cases.by_id()
     session = Session()
     found = {}
     for case, method in sorted(keys):
         try:
-            values = session.measure_again(known[case], method)
+            values = session.measure_again(cases[case], method)
         except Exception as error:  # a case that fails here stays what it was
             print(printable(f"{case} {method}: not measured again: {error!r}"), file=sys.stderr)
         else:

@@ -21,8 +21,9 @@ from ..methods.contender import NotTimed
 from ..methods.prepare import Kernel
 from ..saved.speedups import SDPA_FORMS, TRITON
 from ..session import Session
-from ..suite import cases
+from ..suite import case_file, cases
 from ..suite.cases import Case
+from ..suite.saved_cases import definitions
 from ..timer import timing
 from ..timer.machine import environment
 
@@ -30,15 +31,22 @@ from ..timer.machine import environment
 METHODS = (TRITON["op"], TRITON["core"], *SDPA_FORMS["core"])
 
 
-def choose(matrix: str | None, dtype: str, family: str | None, texts: Sequence[str]) -> list[Case]:
+def choose(
+    matrix: str | None, dtype: str, family: str | None, texts: Sequence[str], file: str | None = None
+) -> list[Case]:
     """Return the cases of a matrix (None: hot on a GPU, else smoke) that have every one of the texts in their id.
 
-    Raises: ValueError for an unknown name, or if none is left.
+    file: a file of cases, in place of the matrix.
+
+    Raises: ValueError for an unknown name, a bad file, or if none is left.
     """
-    chosen = cases.matrix(matrix or ("hot" if torch.cuda.is_available() else "smoke"), dtype, family)
+    if file is None:
+        chosen = cases.matrix(matrix or ("hot" if torch.cuda.is_available() else "smoke"), dtype, family)
+    else:
+        chosen = case_file.read(file, dtype)
     chosen = [case for case in chosen if all(text in case.id for text in texts)]
     if not chosen:
-        raise ValueError(f"-k: value is {' '.join(texts)!r}, expected texts that a case of the matrix has in its id")
+        raise ValueError(f"-k: value is {' '.join(texts)!r}, expected texts that a case has in its id")
     return chosen
 
 
@@ -103,7 +111,9 @@ def serve(name: str, choice: Mapping[str, Any]) -> None:
     except ValueError as error:
         say({**first, "error": str(error)})
         return
-    say({**first, "cases": [[case.id, [m for m in METHODS if m in case.methods]] for case in chosen]})
+    pairs = [[case.id, [m for m in METHODS if m in case.methods]] for case in chosen]
+    notes = {"case_file": Path(choice["file"]).name, "cases": definitions(chosen)} if choice["file"] else {}
+    say({**first, "cases": pairs, "notes": notes})
     worker = Worker(functools.partial(package.selection_attention, backend="triton"), chosen)
     for line in sys.stdin:
         say(worker.answer(json.loads(line)))

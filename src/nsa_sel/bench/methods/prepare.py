@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ... import selection_attention, spans
 from ...errors import KernelFailed, UnsupportedError
+from ..saved.speedups import EVERY_SDPA_FORM
+from ..suite import cases
 from ..suite.cases import PEER_METHODS, TRITON_METHODS
 from ..suite.inputs import Inputs, memory_estimate
 from . import compiled, peers
@@ -29,12 +31,12 @@ def prepare(state: CaseState, method: str, kernel: Kernel | None = None) -> Prep
     Raises:
         NotTimed: it cannot run here; the message says why.
     """
+    if cases.scope(method) == "core" or method in EVERY_SDPA_FORM:
+        state.require(memory_estimate(state.case))  # of packed rows, which the others do without
     if method in TRITON_METHODS:
         return _triton(state, method == "triton_core", kernel)
     if method in PEER_METHODS:
         return peers.prepare(state, method)
-    if state.case.peers:  # elsewhere the case is not begun unless packing fits
-        state.require(memory_estimate(state.case))
     rows = functools.partial(as_rows, state.case)
     if method == "sdpa_core":
         return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, within(state.core_backend))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..saved.run import Saved, is_figure
 from ..saved.speedups import TRITON, fastest_sdpa, geomean
-from ..suite.cases import FAMILIES, scope
+from ..suite.cases import FAMILIES, RECORDED, scope
 from ..tables import as_csv, as_markdown, printable
 from .screen import peers as side_by_side
 
@@ -67,7 +67,7 @@ def table(saved: Saved) -> list[Row]:
 def summary(rows: Sequence[Row]) -> list[list[str]]:
     """Return a heading and a line per family and layout: Triton's speed-ups and share of the limit, geomean (worst)."""
     lines = [["family", "layout", "cases", "op, device", "op, eager", "op, graph", "core, device", "% of limit (op)"]]
-    for family in FAMILIES:
+    for family in (*FAMILIES, RECORDED):
         for layout in sorted({r["layout"] for r in rows if r["family"] == family}):
             of_both = [r for r in rows if (r["family"], r["layout"]) == (family, layout)]
             op, core = ([r for r in of_both if r["method"] == name] for name in TRITON.values())

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ...config import ConfigError
 from ..saved.run import RunError, Saved
-from ..suite import cases
+from ..suite import case_file, cases
+from ..suite.case_file import CaseFileError
 from . import write
-from .rule import ThresholdError, decide
+from .rule import Own, ThresholdError, decide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,15 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN.json", help="saved runs of one GPU, or chunks of one"
     )
-    parser.add_argument(
-        "--matrix", choices=cases.MATRICES, default="full", help="the cases that must be there, in each dtype"
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--matrix",
+        choices=cases.MATRICES,
+        help="the cases that must be there, in each dtype (default: those of the runs' own file, else full)",
     )
+    wanted.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of a matrix")
+    parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="of its cases that name none")
     parser.add_argument("--apply", action="store_true", help="write the value and its rationale")
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), help="YAML file to write")
     parser.add_argument("--prd", type=Path, default=Path("PRD.md"), help="requirements file to write")
     args = parser.parse_args(argv)
     try:
-        decision = decide([Saved.load(path) for path in args.runs], args.matrix)
+        file = args.sel_cases
+        own = None if file is None else Own(file.name, case_file.read(file, args.sel_dtype))
+        decision = decide([Saved.load(path) for path in args.runs], args.matrix, own)
         print(write.as_text(decision))
         if decision.min_L is None:
             if args.apply:
@@ -37,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.apply:
             changed = write.apply(decision, args.config, args.prd)
             print("Wrote " + ", ".join(map(str, changed)) if changed else "Already written; nothing changes.")
-    except (RunError, ThresholdError, ConfigError) as error:
+    except (RunError, ThresholdError, ConfigError, CaseFileError) as error:
         print(f"nsa-sel threshold: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,7 +14,8 @@ from typing import Any
 from ..saved.run import Saved, gpu_name, is_figure
 from ..saved.speedups import SDPA_FORMS, TRITON, fastest_form
 from ..suite import cases
-from ..suite.cases import DTYPES, OP_METHODS, Case
+from ..suite.cases import DTYPES, OP_METHODS, RECORDED, Case
+from ..suite.saved_cases import rebuilt
 
 NEEDED_SPEEDUP = 1.2
 REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "decode": "decode", "long": "decode", "prefill": "prefill"}
@@ -26,6 +27,14 @@ DECIDING_LAUNCH = "eager"
 
 class ThresholdError(ValueError):
     """Say why no threshold can be computed from these runs, or why it cannot be written."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """Hold cases that are judged in place of a matrix, and the name of their file."""
+
+    name: str
+    cases: Sequence[Case]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Decision:
 
     gpu: str
     date: str  # of the newest run, YYYY-MM-DD
-    matrix: str
+    expected: str  # what must be there: "matrix `full`", or "cases of `cases.yaml`"
     runs: tuple[Saved, ...]
     thresholds: tuple[Threshold, ...]
 
@@ -153,27 +162,55 @@ class Decision:
         return max(blocked, key=lambda t: math.inf if t.min_L is None else t.min_L)
 
 
-def decide(saved: Sequence[Saved], matrix: str = "full") -> Decision:
+def decide(saved: Sequence[Saved], matrix: str | None = None, own: Own | None = None) -> Decision:
     """Apply the min-L rule to saved runs of one GPU; runs may repeat a matrix or hold chunks of it.
 
-    Raises: ThresholdError without GPU figures, with planted slow-downs, or for runs that differ in GPU or versions.
+    matrix: the cases that must be there. own: these in place of a matrix. With neither, what the runs themselves hold:
+    the cases of their file, else the full matrix.
+
+    Raises: ThresholdError without GPU figures, with planted slow-downs, or for runs that differ in GPU or versions;
+    RunError for damaged definitions of cases.
     """
+    if matrix is None and own is None:
+        own = _of_runs(saved)
     gpu = _one_machine(saved)
     dtypes = sorted({str(extra.get("dtype")) for one in saved for extra in one.extras.values()} & set(DTYPES))
+    if own is not None:
+        dtypes = sorted({case.dtype for case in own.cases})
     if any("planted" in extra for one in saved for extra in one.extras.values()):
         raise ThresholdError("a run has planted slow-downs, which test the comparison; measure without --sel-plant")
     if not dtypes:
         raise ThresholdError(f"{saved[0].run.name}: no benchmark in it names a dtype of {', '.join(DTYPES)}")
     thresholds = []
     for dtype in dtypes:
-        expected = cases.matrix(matrix, dtype)
+        expected = cases.matrix(matrix or "full", dtype) if own is None else [c for c in own.cases if c.dtype == dtype]
         for launch in LAUNCHES:
             verdicts = judge(expected, saved, launch)
             for regime in REGIMES:
                 of_regime = tuple(v for v in verdicts if v.regime == regime)
                 if of_regime:
                     thresholds.append(Threshold(regime, launch, dtype, of_regime))
-    return Decision(gpu, max(one.run.datetime for one in saved)[:10], matrix, tuple(saved), tuple(thresholds))
+    named = f"matrix `{matrix or 'full'}`" if own is None else f"cases of `{own.name}`"
+    return Decision(gpu, max(one.run.datetime for one in saved)[:10], named, tuple(saved), tuple(thresholds))
+
+
+def regime_of(case: Case) -> str:
+    """Return the regime by which a case counts; a recorded call is one of decode if it has one query token."""
+    if case.family == RECORDED:
+        return "prefill" if case.S > 1 else "decode"
+    return REGIME_OF_FAMILY[case.family]
+
+
+def _of_runs(saved: Sequence[Saved]) -> Own | None:
+    """Return the cases of the file that the runs are of, or None if they are of the matrix."""
+    files = {one.run.case_file: one for one in saved}
+    if set(files) == {""}:
+        return None
+    if len(files) > 1:
+        shown = ", ".join(f"{name or 'the matrix'} ({one.run.name})" for name, one in files.items())
+        raise ThresholdError(f"the runs are of different cases: {shown}; say by --sel-cases or --matrix which to judge")
+    found = {name: case for one in saved for name, case in rebuilt(one.run.cases).items()}
+    return Own(saved[0].run.case_file, list(found.values()))
 
 
 def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str) -> list[Verdict]:
@@ -194,7 +231,7 @@ def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str) -> list
 
 def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str) -> Verdict:
     def verdict(**found: Any) -> Verdict:
-        return Verdict(case.id, REGIME_OF_FAMILY[case.family], case.L, case.longest, **found)
+        return Verdict(case.id, regime_of(case), case.L, case.longest, **found)
 
     if not holding:
         return verdict(problem="missing from every run")

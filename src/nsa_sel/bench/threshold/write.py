@@ -74,7 +74,7 @@ def _opponents(decision: Decision) -> str:
 
 def as_text(decision: Decision, longest_list: int = 20) -> str:
     """Return the decision for a terminal: a line per threshold, the verdict, and what stands in its way."""
-    lines = [f"{decision.gpu}, {decision.date}, matrix {decision.matrix}, {len(decision.runs)} run(s)"]
+    lines = [f"{decision.gpu}, {decision.date}, {decision.expected.replace('`', '')}, {len(decision.runs)} run(s)"]
     lines.append(
         f"{'regime':<9}{'launch':<8}{'dtype':<7}{'min-L':>6}{'cases':>7}{'slow':>6}{'missing':>9}{'not judged':>12}"
         "  decided by"
@@ -110,7 +110,7 @@ def prd_section(decision: Decision) -> str:
         f"{'Decided by' if decider.failing else 'No case is below; the closest is'} `{decider.deciding.case}` "
         f"({decider.regime}, {decider.launch}, L = {decider.deciding.L}): "
         f"{decider.deciding.text}.",
-        "Runs: " + "; ".join(_run_line(saved) for saved in decision.runs) + f". Matrix `{decision.matrix}`.",
+        "Runs: " + "; ".join(_run_line(saved) for saved in decision.runs) + f". {decision.expected.capitalize()}.",
         _summary_table(decision),
         *(f"Not judged: `{v.case}`: {v.not_judged}." for v in decision.not_judged),
     ]
