@@ -4,6 +4,7 @@ from . import reference, spans
 from .api import choose_route, selection_attention
 from .config import ConfigError, SelConfig
 from .errors import UnsupportedError
+from .recording import record
 from .routing import Route
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "SelConfig",
     "UnsupportedError",
     "choose_route",
+    "record",
     "reference",
     "selection_attention",
     "spans",

@@ -17,6 +17,7 @@ import yaml
 UseTriton = Literal["auto"] | bool
 
 DEFAULT_MIN_LEN = 64
+DEFAULT_RECORD = 16
 _WORKING_DIRECTORY_FILE = Path("configs/base.yaml")
 _PACKAGED_FILE = Path(__file__).with_name("base.yaml")
 
@@ -36,6 +37,7 @@ class SelConfig:
     use_sel_pack: fall back to packed SDPA (True) or masked SDPA (False).
     force_parity: kill switch: Triton never runs, SDPA runs without its flash and cuDNN backends.
     sel_validate: check ranges, at the cost of a device sync.
+    sel_record: how many calls `record` keeps in a folder; 0 = none.
     sources: where each field's value came from, for people.
 
     Raises: ConfigError for a field of another type or out of its range.
@@ -46,6 +48,7 @@ class SelConfig:
     use_sel_pack: bool = True
     force_parity: bool = False
     sel_validate: bool = False
+    sel_record: int = DEFAULT_RECORD
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -160,12 +163,19 @@ def _parse_min_len(variable: str, text: str) -> int | None:
     return int(text)
 
 
+def _parse_count(variable: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise _malformed(variable, text, "a whole number, 0 or more")
+    return int(text)
+
+
 _ENVIRONMENT: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "NSA_USE_TRITON_SEL": ("use_triton_sel", _parse_switch_or_auto),
     "NSA_SEL_TRITON_MIN_L": ("sel_triton_min_L", _parse_min_len),
     "NSA_USE_SEL_PACK": ("use_sel_pack", _parse_switch),
     "NSA_FORCE_PARITY": ("force_parity", _parse_switch),
     "NSA_SEL_VALIDATE": ("sel_validate", _parse_switch),
+    "NSA_SEL_RECORD": ("sel_record", _parse_count),
 }
 
 
@@ -203,12 +213,19 @@ def _check_min_len(where: str, value: object) -> int | None:
     return value
 
 
+def _check_count(where: str, value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise _malformed(where, value, "a whole number, 0 or more")
+    return value
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "use_triton_sel": _check_switch_or_auto,
     "sel_triton_min_L": _check_min_len_map,
     "use_sel_pack": _check_switch,
     "force_parity": _check_switch,
     "sel_validate": _check_switch,
+    "sel_record": _check_count,
 }
 
 

@@ -58,3 +58,14 @@ def traced(
         return reference.packed_sdpa(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)
     out, lse = _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse)
     return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op(f"{__package__}::record", mutates_args=(), schema="(Tensor q) -> ()")
+def refuse_record(q):  # type: ignore[no-untyped-def]
+    """Refuse to be traced: an exception of the caller's own would be a graph break, and eager code would record."""
+    raise UnsupportedError("nsa_sel.record: cannot run under torch.compile; record from the eager model")
+
+
+@refuse_record.register_fake
+def _(q):  # type: ignore[no-untyped-def]
+    raise UnsupportedError("nsa_sel.record: cannot run under torch.compile; record from the eager model")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Generator
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     derandomize = config.getoption("hypothesis_seed", None) is None
     hypothesis.settings.register_profile("parity", derandomize=derandomize, deadline=None, database=None)
     hypothesis.settings.load_profile("parity")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests of a file of cases where none is given."""
+    return True if collection_path.name == "test_own_cases.py" and not config.getoption("sel_cases") else None
 
 
 @cache

@@ -20,7 +20,8 @@ from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite.cases import kernels_among
 from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
-from nsa_sel.bench.threshold.rule import ThresholdError, decide
+from nsa_sel.bench.threshold.judged import ThresholdError
+from nsa_sel.bench.threshold.rule import decide
 from nsa_sel.bench.threshold.write import sentence
 from nsa_sel.bench.tune.log import Progress
 
@@ -78,11 +79,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """Leave out the letter of a benchmark that did not fail: the line with the time left takes its place."""
-    if (
-        PROGRESS in config.stash
-        and "benchmark" in getattr(report, "keywords", ())
-        and (report.skipped or report.passed)
-    ):
+    timed = "benchmark" in getattr(report, "keywords", ())  # a module that cannot be collected has none
+    if PROGRESS in config.stash and timed and (report.skipped or report.passed):
         return report.outcome if report.skipped or report.when == "call" else "", "", ""
     return None
 
@@ -161,7 +159,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     files = [str(path) for path in _resume(config).saved_files(config)]
     if files and results[0]["gpu"] and not config.getoption("sel_family"):
         for kernel in kernels_among(result["method"] for result in results):
-            terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix") or "full", kernel))
+            terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix"), kernel))
     if not (session.save or session.autosave or session.json):
         terminalreporter.write_line("not saved; --benchmark-autosave does")
     if files:
@@ -175,9 +173,9 @@ def _reason(report: Any) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _proposal(path: str, matrix: str, kernel: str) -> str:
+def _proposal(path: str, matrix: str | None, kernel: str) -> str:
     """Return the threshold of a kernel that this run alone supports."""
     try:
-        return sentence(decide([Saved.load(path)], matrix, kernel))
+        return sentence(decide([Saved.load(path)], matrix, kernel=kernel))
     except (RunError, ThresholdError) as error:
         return f"no threshold of {kernel} proposed: {error}"

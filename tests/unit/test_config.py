@@ -27,6 +27,8 @@ TOGGLES = [
     ("force_parity", "NSA_FORCE_PARITY", ("0", False), ("true", True), False),
     ("sel_validate", "NSA_SEL_VALIDATE", ("1", True), ("false", False), False),
     ("sel_validate", "NSA_SEL_VALIDATE", ("0", False), ("true", True), False),
+    ("sel_record", "NSA_SEL_RECORD", ("0", 0), ("3", 3), 16),
+    ("sel_record", "NSA_SEL_RECORD", ("40", 40), ("0", 0), 16),
 ]
 
 
@@ -71,7 +73,7 @@ def test_precedence_is_environment_then_yaml_then_default(yaml_file, name, varia
 def test_the_default_of_every_field_is_the_one_of_the_repository_file():
     from_file = SelConfig.load(REPOSITORY / "configs/base.yaml", {})
     builtin = SelConfig()
-    for name in ("use_triton_sel", "use_sel_pack", "force_parity", "sel_validate"):
+    for name in ("use_triton_sel", "use_sel_pack", "force_parity", "sel_validate", "sel_record"):
         assert getattr(from_file, name) == getattr(builtin, name)
     assert from_file.sel_triton_min_L["default"] == builtin.sel_triton_min_L["default"] == 64
 
@@ -100,6 +102,13 @@ def test_a_malformed_min_len_names_its_choices(yaml_file, text):
     assert str(caught.value) == f"NSA_SEL_TRITON_MIN_L: value is {text!r}, expected a positive integer or never"
 
 
+@pytest.mark.parametrize("text", ["", "-1", "1.0", "many", "1_0", "٣"])
+def test_a_malformed_count_names_its_choices(yaml_file, text):
+    with pytest.raises(ConfigError) as caught:
+        SelConfig.load(yaml_file(""), {"NSA_SEL_RECORD": text})
+    assert str(caught.value) == f"NSA_SEL_RECORD: value is {text!r}, expected a whole number, 0 or more"
+
+
 def test_a_malformed_value_that_a_higher_layer_hides_is_still_an_error(yaml_file):
     with pytest.raises(ConfigError, match="runtime.force_parity"):
         SelConfig.load(yaml_file("runtime: {force_parity: maybe}"), {"NSA_FORCE_PARITY": "1"})
@@ -112,6 +121,7 @@ def test_a_malformed_value_that_a_higher_layer_hides_is_still_an_error(yaml_file
         ("runtime: {use_sel_pack: 2}", r"runtime.use_sel_pack: value is 2, expected true or false"),
         ("runtime: {use_sel_pack: 1.0}", r"runtime.use_sel_pack: value is 1.0, expected true or false"),
         ("runtime: {sel_validate: }", r"runtime.sel_validate: value is None, expected true or false"),
+        ("runtime: {sel_record: true}", r"runtime.sel_record: value is True, expected a whole number, 0 or more"),
         ("runtime: {use_triton_sel: [1]}", r"runtime.use_triton_sel: value is \[1\], expected auto, true or false"),
         ("runtime: {sel_triton_min_L: 0}", r"runtime.sel_triton_min_L: value is 0, expected a positive integer"),
         ("runtime: {sel_triton_min_L: true}", r"runtime.sel_triton_min_L: value is True, expected a positive integer"),

@@ -47,8 +47,9 @@ def repository(tmp_path):
     """Return a repository of two commits whose package has the version 1, then 2."""
     folder = tmp_path / "repository"
     package = folder / "src/nsa_sel"
-    (package / "bench/continuous").mkdir(parents=True)
-    (package / "bench/continuous/worker.py").touch()
+    for needed in (trees.WORKER, trees.CASE_FILE):
+        (package / needed).parent.mkdir(parents=True)
+        (package / needed).touch()
     (package / "base.yaml").touch()
     (folder / "configs").mkdir()
     (folder / "configs/base.yaml").symlink_to("../src/nsa_sel/base.yaml")
@@ -234,7 +235,8 @@ class StandIn:
     @property
     def said(self):
         methods = ["triton", "triton_core", "sdpa_core"]
-        return {"machine": dict(self.card.machine), "cases": [[case, methods] for case in self.card.cases]}
+        cases = [[case, methods] for case in self.card.cases]
+        return {"machine": dict(self.card.machine), "cases": cases, "notes": {}}
 
     def send(self, **request):
         self.card.log.append((request["do"], self.tree.name))
@@ -627,7 +629,7 @@ def state():
     case = next(case for case in cases.matrix("smoke") if case.family == "ragged")
     state = CaseState(case, WallTimer())
     assert state.expected and state.packed  # made on the CPU
-    state.device = "cuda"
+    state.device, state.require = "cuda", lambda needed: None
     return state
 
 

@@ -343,12 +343,12 @@ def test_the_table_of_pytest_benchmark_is_whole_if_more_is_asked_for(tmp_path, m
 
 def test_older_runs_are_grouped_by_the_parameters_that_they_lack(tmp_path):
     tmp_path.joinpath("conftest.py").write_text(CONFTEST)
-    known = [cases.matrix("full", family="decode")[0], cases.rows_case("bf16", "few", 8, 64, 64, 2048, 64)]
+    known = [cases.matrix("full", family="decode")[0], cases.rows_case("bf16", "few", 8, 64, 64, 3000, 64)]
     for number in (1, 2):  # as they were saved with case_id and method alone
         data = saved_runs.run(known, when=f"2026-01-0{number}T00:00:00+00:00", identity=saved_runs.H200)
         saved_runs.save(data, tmp_path / ".benchmarks" / H200 / f"000{number}_x.json")
     for group_by, groups in (
-        ("param:L", ["L=128", "L=2048"]),
+        ("param:L", ["L=128", "L=3000"]),
         ("param:layout,param:N", ["layout=few N=4", "layout=few N=64"]),
     ):
         done = command(tmp_path, "pytest_benchmark", "compare", f"--group-by={group_by}")

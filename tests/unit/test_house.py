@@ -18,11 +18,12 @@ ORDER = """
     errors config spans < routing reference
     errors < kernel
     routing reference kernel < dispatch < ops < api < __init__ < bench < __main__
+    dispatch ops config < recording < __init__
 """
 BENCH_ORDER = """
     tables < saved
     timer saved tables < suite < compare < threshold < report
-    timer saved < resume
+    timer saved suite < resume
     suite timer < methods < session tune checks
     session < compare < checks
     compare session tune precompile < continuous

@@ -17,8 +17,8 @@ from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.threshold import command as threshold_command
-from nsa_sel.bench.threshold import rule, write
-from nsa_sel.bench.threshold.rule import ThresholdError
+from nsa_sel.bench.threshold import judged, rule, write
+from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.config import SelConfig
 
 HOT = cases.matrix("hot")
@@ -198,4 +198,4 @@ def test_an_unknown_kernel_two_kernels_of_one_name_and_apply_are_refused(tmp_pat
 def test_a_saved_run_knows_its_kernels(tmp_path):
     run = saved(tmp_path, saved_runs.with_kernel(saved_runs.run(HOT), "mine", 1.0, takes="blocks:64"))
     assert run.run.kernels == {"mine": "mine:f, blocks:64"}
-    assert rule.kernels([run]) == ["triton", "mine"]
+    assert judged.kernels([run]) == ["triton", "mine"]

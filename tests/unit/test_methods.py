@@ -43,6 +43,7 @@ def test_the_core_opponent_gets_its_mask_ready_to_be_added_and_aligned():
 
 def test_fused_packing_runs_in_the_backend_that_is_fastest_with_its_mask(monkeypatch):
     monkeypatch.setitem(sys.modules, "nsa_sel.bench.methods.fused", types.SimpleNamespace(packed_sdpa_fused=dict))
+    monkeypatch.setattr(CaseState, "require", lambda self, needed: None)
     state = CaseState(SMALL, WallTimer())
     state.device, state.sdpa_backend, state.core_backend = "cuda", "efficient", "cudnn"
     prepared = prepare.prepare(state, "packed_sdpa_fused")

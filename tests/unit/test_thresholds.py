@@ -20,7 +20,8 @@ from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold import rule
 from nsa_sel.bench.threshold import write as write_threshold
-from nsa_sel.bench.threshold.rule import Decision, Threshold, ThresholdError, Verdict
+from nsa_sel.bench.threshold.judged import ThresholdError
+from nsa_sel.bench.threshold.rule import Decision, Threshold, Verdict
 from nsa_sel.config import SelConfig
 
 
@@ -632,7 +633,7 @@ def test_a_saved_run_keeps_what_the_machine_and_the_commit_were(tmp_path):
 def test_a_decision_names_its_gpu_matrix_and_newest_date(tmp_path):
     days = ("2026-03-01T23:00:00+00:00", "2026-12-02T10:00:00+00:00", "2026-07-01T10:00:00+00:00")
     decided = decide(tmp_path, *(saved_runs.run(DECODE, when=day) for day in days))
-    assert (decided.gpu, decided.date, decided.matrix) == (saved_runs.GPU, "2026-12-02", "full")
+    assert (decided.gpu, decided.date, decided.expected) == (saved_runs.GPU, "2026-12-02", "matrix `full`")
     assert [one.run.datetime for one in decided.runs] == list(days)
     assert len(decided.thresholds) == 9
     assert decided.thresholds[0].regime == "rows"

@@ -154,7 +154,7 @@ class Session:
             "gbps": state.bytes / device_us / 1e3,
             "limit_us": limit,
             # In prefill rows share K and V, so that L2 and not memory is the limit.
-            "pct_of_limit": None if limit is None or case.family == "prefill" else 100 * limit / device_us,
+            "pct_of_limit": None if limit is None or case.S > 1 else 100 * limit / device_us,
             "ci95_us": [low * 1e6, high * 1e6],
         }
         found |= dict.fromkeys(("call_us", "call_ci95_us", "graph_us", "graph_ci95_us"))

@@ -22,6 +22,7 @@ from ...config import get_config
 from ..methods.contender import CaseState, NotTimed
 from ..suite import cases
 from ..suite.cases import Case
+from ..suite.inputs import memory_estimate
 from ..timer.timing import Call, DeviceTimer, call_time
 
 SLACK, SLACK_US = 1.10, 2.0
@@ -50,7 +51,9 @@ def judge(case: Case, timer: DeviceTimer) -> tuple[str, dict[str, float], list[s
     Raises:
         NotTimed: a form needs more memory than there is, or cannot run the case.
     """
-    x = CaseState(case, timer).inputs
+    state = CaseState(case, timer)
+    state.require(memory_estimate(case))
+    x = state.inputs
     tensors = x.q, x.k, x.v, x.ranges
     operation = functools.partial(selection_attention, *tensors, min_len=x.min_len, max_len=x.max_len)
     calls: dict[str, Call] = {form: functools.partial(operation, backend=form) for form in FORMS}

@@ -6,13 +6,15 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..saved import storage
 from ..saved.run import Key, Run, RunError, Timing, load, short_name, timing
-from ..suite import cases, kernels
+from ..suite import kernels
+from ..suite.cases import Case
+from ..suite.saved_cases import known
 from ..tables import printable, replace_file
 from . import export
 from .result import Comparison
@@ -112,7 +114,7 @@ def measure_again(comparison: Comparison, given: Iterable[kernels.UserKernel] = 
     if not keys:
         return comparison
     print(f"measuring {len(keys)} timings again", file=sys.stderr)
-    fresh, floor_us = _fresh(keys, given)
+    fresh, floor_us = _fresh(keys, known(new.cases), given)
     machine = comparison.machine
     if floor_us is not None and comparison.old.floor_us is not None:  # another process has a launch floor of its own
         machine = replace(machine, shift_us=floor_us - comparison.old.floor_us)
@@ -128,16 +130,17 @@ def _checked_out() -> str:
         return ""
 
 
-def _fresh(keys: list[Key], given: Iterable[kernels.UserKernel]) -> tuple[dict[Key, Timing], float | None]:
+def _fresh(
+    keys: list[Key], cases: Mapping[str, Case], given: Iterable[kernels.UserKernel]
+) -> tuple[dict[Key, Timing], float | None]:
     """Return fresh timings of those that can be measured, and this process's launch floor in µs."""
     from ..session import Session
 
-    known = cases.by_id()
     session = Session(kernels={kernel.name: kernel for kernel in given})
     found = {}
     for case, method in sorted(keys):
         try:
-            values = session.measure_again(known[case], method)
+            values = session.measure_again(cases[case], method)
         except Exception as error:  # a case that fails here stays what it was
             print(printable(f"{case} {method}: not measured again: {error!r}"), file=sys.stderr)
         else:

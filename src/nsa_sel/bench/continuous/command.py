@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give BASE [HEAD], or both --base-dir and --head-dir")
     if args.sel_takes and not args.sel_kernel:
         parser.error("--sel-takes: is said of a kernel; give --sel-kernel MODULE:FUNCTION")
+    if args.sel_cases and (args.sel_matrix or args.sel_family):
+        parser.error("--sel-cases: stands in place of --sel-matrix and --sel-family; give one of them")
     if args.rounds < 1:
         parser.error(f"--rounds: value is {args.rounds}, expected at least 1")
     try:
@@ -87,6 +89,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
     base, head = both.base, both.head
     choice: dict[str, Any] = {"matrix": args.sel_matrix, "dtype": args.sel_dtype, "family": args.sel_family}
     choice["texts"] = args.k
+    choice["file"] = args.sel_cases and str(args.sel_cases.absolute())  # the measuring processes run elsewhere
     if args.sel_kernel:
         choice["kernels"] = [args.sel_kernel, args.sel_takes]
     course = Course(both, choice, Progress(), Process)
@@ -105,7 +108,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
     for side, tree in enumerate((base, head)):
         about = {"base": base.commit["id"], "head": head.commit["id"], "processes": args.rounds}
         outcomes = [kept.pairs[number][side] for number in sorted(kept.pairs)]
-        run = saving.document(tree, outcomes, course.machine_of(tree), {KEPT: about})
+        run = saving.document(tree, outcomes, course.machine_of(tree), {**course.notes, KEPT: about})
         paths.append(write.save(args.storage, f"continuous_{file_name(tree.name)}", run))
     print(f"saved in {paths[0]} and {paths[1].name}")
     for line in saving.agreement(kept.pairs.values()):
@@ -160,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: hot, smoke on a CPU)")
     parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
     parser.add_argument("--sel-family", metavar="NAMES", help="only these families, with commas")
+    parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
     kernels.add_options(parser.add_argument)
     parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
     parser.add_argument(

@@ -38,6 +38,7 @@ class Course:
             raise CourseError(said["error"])
         self.machine: dict[str, Any] = said["machine"]
         self.cases: dict[str, list[str]] = dict(said["cases"])
+        self.notes: dict[str, Any] = said["notes"]  # what a saved run says of its cases
 
     @property
     def on_gpu(self) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 MEASURED = "nsa_sel"  # the package that a tree holds under src/
 SUITE = f"{MEASURED}_suite"  # the name under which the suite's copy is imported beside it
 WORKER = Path("bench/continuous/worker.py")
+CASE_FILE = Path("bench/suite/case_file.py")  # a suite without it does not understand what this command asks of it
 COPIED = ("src", "configs")  # of a working tree: the package, and the toggles that it reads where it runs
 RUNNING = Path(__file__).parents[len(WORKER.parts) - 1]  # this package
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -105,9 +106,9 @@ def _folder(path: Path, foreign: bool) -> Tree:
 
 
 def _with_suite(base: Tree, head: Tree, folder: Path) -> Trees:
-    """Copy HEAD's package under another name; where HEAD is older than this verb, the running package."""
+    """Copy HEAD's package under another name; where HEAD's does not know what this verb asks, the running package."""
     package, note = head.package, ""
-    if head.foreign or not (package / WORKER).is_file():
+    if head.foreign or not all((package / needed).is_file() for needed in (WORKER, CASE_FILE)):
         package = RUNNING
     if not head.foreign and package == RUNNING:
         note = f"{head.name} is older than this command: both are measured by the suite that runs it"

@@ -20,24 +20,32 @@ import torch
 from ..methods.contender import NotTimed
 from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, kernel_of
 from ..session import Session
-from ..suite import cases
+from ..suite import case_file, cases
 from ..suite.cases import Case
 from ..suite.kernels import UserKernel, parse
+from ..suite.saved_cases import definitions
 from ..timer import timing
 from ..timer.machine import environment
 
 YARDSTICK = SDPA_FORMS["core"]  # what no commit changes shows how far the machine itself moved
 
 
-def choose(matrix: str | None, dtype: str, family: str | None, texts: Sequence[str]) -> list[Case]:
+def choose(
+    matrix: str | None, dtype: str, family: str | None, texts: Sequence[str], file: str | None = None
+) -> list[Case]:
     """Return the cases of a matrix (None: hot on a GPU, else smoke) that have every one of the texts in their id.
 
-    Raises: ValueError for an unknown name, or if none is left.
+    file: a file of cases, in place of the matrix.
+
+    Raises: ValueError for an unknown name, a bad file, or if none is left.
     """
-    chosen = cases.matrix(matrix or ("hot" if torch.cuda.is_available() else "smoke"), dtype, family)
+    if file is None:
+        chosen = cases.matrix(matrix or ("hot" if torch.cuda.is_available() else "smoke"), dtype, family)
+    else:
+        chosen = case_file.read(file, dtype)
     chosen = [case for case in chosen if all(text in case.id for text in texts)]
     if not chosen:
-        raise ValueError(f"-k: value is {' '.join(texts)!r}, expected texts that a case of the matrix has in its id")
+        raise ValueError(f"-k: value is {' '.join(texts)!r}, expected texts that a case has in its id")
     return chosen
 
 
@@ -124,7 +132,8 @@ def serve(name: str, choice: Mapping[str, Any]) -> None:
     except ValueError as error:
         say({**first, "error": str(error)})
         return
-    say({**first, "cases": list(asked.items())})
+    notes = {"case_file": Path(choice["file"]).name, "cases": definitions(chosen)} if choice["file"] else {}
+    say({**first, "cases": list(asked.items()), "notes": notes})
     worker = Worker(kernels, chosen)
     for line in sys.stdin:
         say(worker.answer(json.loads(line)))

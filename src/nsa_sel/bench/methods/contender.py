@@ -73,7 +73,7 @@ class CaseState:
     def __init__(self, case: Case, timer: DeviceTimer | WallTimer) -> None:
         self.case, self.timer = case, timer
         self.device = "cuda" if isinstance(timer, DeviceTimer) else "cpu"
-        self.require(memory_estimate(case, packed=not case.peers))
+        self.require(memory_estimate(case, packed=False))
         self.inputs: Inputs = make_inputs(case, self.device)
         self.bytes, self.bytes_rows = traffic(self.inputs)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import selection_attention
 from ...errors import KernelFailed, UnsupportedError
-from ..saved.speedups import kernel_of
+from ..saved.speedups import EVERY_SDPA_FORM, kernel_of
 from ..suite.cases import PEER_METHODS, TRITON_METHODS, scope
 from ..suite.inputs import Inputs, memory_estimate
 from ..suite.kernels import UserKernel
@@ -32,14 +32,14 @@ def prepare(state: CaseState, method: str, kernels: Mapping[str, UserKernel] | N
     """
     if method in TRITON_METHODS and state.device == "cpu":
         raise NotTimed("no GPU")
+    if scope(method) == "core" or method in EVERY_SDPA_FORM:
+        state.require(memory_estimate(state.case))  # of packed rows, which the others do without
     if (kernel := (kernels or {}).get(kernel_of(method))) is not None:
         return given.prepare(state, kernel, core=scope(method) == "core")
     if method in TRITON_METHODS:
         return _triton(state, method == "triton_core")
     if method in PEER_METHODS:
         return peers.prepare(state, method)
-    if state.case.peers:  # elsewhere the case is not begun unless packing fits
-        state.require(memory_estimate(state.case))
     rows = functools.partial(as_rows, state.case)
     if method == "sdpa_core":
         return Prepared(state.core_call, rows, {"sdpa_backend": state.core_backend}, within(state.core_backend))

@@ -13,7 +13,8 @@ from ..saved import storage
 from ..saved.run import RunError, Saved, load
 from ..saved.speedups import TRITON
 from ..tables import replace_file
-from ..threshold.rule import Decision, ThresholdError, decide
+from ..threshold.judged import ThresholdError
+from ..threshold.rule import Decision, decide
 from ..threshold.write import sentence
 from . import page, plots, tables
 

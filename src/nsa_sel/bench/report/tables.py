@@ -8,7 +8,7 @@ from typing import Any
 
 from ..saved.run import Saved, is_figure
 from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean
-from ..suite.cases import FAMILIES, kernels_among, scope
+from ..suite.cases import FAMILIES, RECORDED, kernels_among, scope
 from ..tables import as_csv, as_markdown, printable
 from .screen import peers as side_by_side
 
@@ -71,7 +71,7 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
     lines[0] += ["op, device", "op, eager", "op, graph", "core, device", "% of limit (op)"]
     groups = [
         (family, layout)
-        for family in FAMILIES
+        for family in (*FAMILIES, RECORDED)
         for layout in sorted({r["layout"] for r in rows if r["family"] == family})
     ]
     for kernel, group in product(kernels(rows), groups):

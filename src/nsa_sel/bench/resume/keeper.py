@@ -18,6 +18,7 @@ import pytest
 from ..saved import journal, storage
 from ..saved.journal import Journal
 from ..saved.run import MARK, Key, RunError, gpu_name, read_json
+from ..suite.chosen import notes_of
 from ..timer.machine import environment
 from .conditions import conditions, differences
 from .results import dumps, pair_of, rebuilt
@@ -102,7 +103,11 @@ class Keeper:
         run = hook.pytest_benchmark_generate_json(
             config=self.config, benchmarks=[], include_data=False, machine_info=machine_info, commit_info=self._commit
         )
-        return {**run, MARK: {"asked": self.asked(), "interrupted": True}, "conditions": self._conditions}
+        return {**run, MARK: {**self.notes(), "interrupted": True}, "conditions": self._conditions}
+
+    def notes(self) -> dict[str, Any]:
+        """Return what the saved run says of what it was asked for."""
+        return {"asked": self.asked(), **notes_of(self.config)}
 
     def asked(self) -> list[list[str]]:
         return [list(pair) for pair in self.pairs.values()]

@@ -104,7 +104,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     if KEEPER in config.stash:
         keeper = config.stash[KEEPER]
         mark = output_json.setdefault(MARK, {})
-        mark["asked"] = keeper.asked()
+        mark |= keeper.notes()
         if keeper.partial:
             mark["interrupted"] = True
 

@@ -76,6 +76,8 @@ class Run:
     interrupted: bool = False  # it lacks cases; no baseline unless named either
     asked: frozenset[Key] | None = None  # what it was to measure; None: it was saved before runs said so
     skipped: frozenset[Key] = frozenset()  # of these, what could not be measured there, for a saved reason
+    case_file: str = ""  # the name of the file that the run's cases are from; "": they are of the matrix
+    cases: Mapping[str, Any] = field(default_factory=dict)  # definitions, by id, of cases that no matrix may know
     commit: str = ""
     dirty: bool = False  # measured with uncommitted changes
     floor_us: float | None = None  # device time of an empty kernel
@@ -210,6 +212,8 @@ def notes(data: Mapping[str, Any]) -> dict[str, Any]:
         "interrupted": bool(mark.get("interrupted")),
         "asked": _pairs(asked) if isinstance(asked, list) else None,
         "skipped": frozenset(not_timed(data)),
+        "case_file": str(mark.get("case_file") or ""),
+        "cases": mapping(mark.get("cases")),
         "commit": "" if identity in NO_COMMIT else identity,
         "dirty": bool(commit.get("dirty")),
     }

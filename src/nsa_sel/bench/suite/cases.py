@@ -10,10 +10,13 @@ from functools import cached_property
 from ..saved.speedups import CORE_SUFFIX, EVERY_SDPA_FORM, SDPA_FORMS, TRITON, kernel_of
 from . import distributions
 from .distributions import DECODE, PREFILL, SPANS, Distribution
+from .recorded import Recorded
 
 BLOCK = 64  # tokens of a selected block in decode, long and prefill (l_sel in the paper)
 ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
+GQA = 4  # KV groups of a decode case, unless it says otherwise
 FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
+RECORDED = "recorded"  # the family of a real model's calls, and their layout; in no matrix
 PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
 LAYOUTS = ("few", "many", "mixed")  # the distributions of `rows`
 DTYPES = ("bf16", "fp16")
@@ -32,12 +35,14 @@ PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 class Case:
     """Describe one measured shape; frozen, hashable, and named by `id`.
 
-    family: one of FAMILIES. dtype: "bf16" or "fp16". layout: the distribution's name. H: heads per group. D, Dv:
-    widths. L: selected tokens per row (the mean in `ragged`, the most in `prefill`). N = B·S·G rows. S_kv: KV tokens of
-    one (b, g). block: span length where spans are blocks, 0 elsewhere. peers: timed beside other people's kernels.
+    family: one of FAMILIES, or RECORDED. dtype: "bf16" or "fp16", recorded also "fp32". layout: the distribution's
+    name. H: heads per group. D, Dv: widths. L: selected tokens per row (the mean in `ragged`, the most in `prefill` and
+    of a recorded call). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length where spans are blocks, 0
+    elsewhere. peers: timed beside other people's kernels. name: what a file of cases calls it. recorded: the call of a
+    real model that the case is.
 
     Raises:
-        ValueError: no distribution has the layout's name, or it does not draw rows of this kind.
+        ValueError: no distribution has the layout's name, or it does not draw such rows.
     """
 
     family: str
@@ -53,13 +58,20 @@ class Case:
     S_kv: int = ROW_CONTEXT
     block: int = 0
     peers: bool = False
+    name: str = ""
+    recorded: Recorded | None = None
 
     def __post_init__(self) -> None:
-        _ = self.distribution
+        if (least := self.distribution.least) > self.n_spans:
+            raise ValueError(
+                f"L: value is {self.L}, expected at least {least} blocks of {self.block} for {self.layout}"
+            )
 
     @property
     def distribution(self) -> Distribution:
         """Return how rows select. The family `ragged` draws `ragged`, though saved runs call its layout `few`."""
+        if self.recorded is not None:
+            return distributions.of_recorded(self.recorded)
         kind = SPANS if not self.block else PREFILL if self.S > 1 else DECODE
         return distributions.find("ragged" if self.family == "ragged" else self.layout, kind)
 
@@ -68,10 +80,12 @@ class Case:
         """Return the readable name, e.g. `rows-bf16-H8-D128-Dv128-L512-N1024-many`."""
         shape = f"{self.family}-{self.dtype}-H{self.H}-D{self.D}-Dv{self.Dv}-L{self.L}-N{self.N}"
         if self.family == "decode":
-            shape += f"-t{self.S_kv}"
+            shape += f"-t{self.S_kv}" + (f"-G{self.G}" if self.G != GQA else "")
         elif self.family == "prefill":
-            shape += f"-S{self.S}"
-        return f"{shape}-{self.layout}"
+            shape += f"-S{self.S}" + (f"-G{self.G}" if self.B > 1 else "")
+        if self.block not in (0, BLOCK):
+            shape += f"-block{self.block}"
+        return "-".join(filter(None, (shape, self.layout if self.recorded is None else self.recorded.id, self.name)))
 
     @property
     def parameters(self) -> dict[str, str | int]:
@@ -95,7 +109,7 @@ class Case:
     @property
     def ragged(self) -> bool:
         """Tell whether the distribution gives rows different lengths, beyond what the causal limit does."""
-        return self.distribution.longest is not None
+        return self.distribution.longest is not None if self.recorded is None else self.recorded.shortest < self.L
 
     @property
     def one_length(self) -> bool:
@@ -179,26 +193,49 @@ def rows_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, N: int) 
     return Case("rows", dtype, layout, H, D, Dv, L, N, S_kv=max(ROW_CONTEXT, 2 * L))
 
 
-def decode_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, batch: int, context: int) -> Case:
-    """Return a case of one query token, 4 groups and L/64 blocks out of `context` tokens per group.
+def ragged_case(dtype: str, H: int, D: int, Dv: int, L: int, N: int) -> Case:
+    """Return a case of N rows with L tokens on average and about 3·L in the longest."""
+    return Case("ragged", dtype, "few", H, D, Dv, L, N, S_kv=max(ROW_CONTEXT, 4 * L))
+
+
+def decode_case(
+    dtype: str,
+    layout: str,
+    H: int,
+    D: int,
+    Dv: int,
+    L: int,
+    batch: int,
+    context: int,
+    G: int = GQA,
+    block: int = BLOCK,
+) -> Case:
+    """Return a case of one query token and L / block blocks out of `context` tokens per group.
 
     Raises:
-        ValueError: L or the context is no multiple of 64, or L exceeds the context.
+        ValueError: L or the context is no multiple of the block, or L exceeds the context.
     """
-    if L % BLOCK or context % BLOCK or not 0 < L <= context:
-        raise ValueError(f"L: value is {L}, expected a multiple of {BLOCK} up to the context of {context}")
-    return Case("decode", dtype, layout, H, D, Dv, L, 4 * batch, G=4, S_kv=context, block=BLOCK)
+    _check_blocks(block, L, context, "context")
+    return Case("decode", dtype, layout, H, D, Dv, L, G * batch, G=G, S_kv=context, block=block)
 
 
-def prefill_case(dtype: str, layout: str, H: int, D: int, Dv: int, L: int, S: int, G: int, batch: int = 1) -> Case:
-    """Return a case of S query tokens that each select up to L/64 blocks of the S keys, its own among the last.
+def prefill_case(
+    dtype: str, layout: str, H: int, D: int, Dv: int, L: int, S: int, G: int, batch: int = 1, block: int = BLOCK
+) -> Case:
+    """Return a case of S query tokens that each select up to L / block blocks of the S keys, its own among the last.
 
     Raises:
-        ValueError: L or S is no multiple of 64, or L exceeds S.
+        ValueError: L or S is no multiple of the block, or L exceeds S.
     """
-    if L % BLOCK or S % BLOCK or not 0 < L <= S:
-        raise ValueError(f"L: value is {L}, expected a multiple of {BLOCK} up to the sequence of {S}")
-    return Case("prefill", dtype, layout, H, D, Dv, L, batch * S * G, S=S, G=G, S_kv=S, block=BLOCK)
+    _check_blocks(block, L, S, "S")
+    return Case("prefill", dtype, layout, H, D, Dv, L, batch * S * G, S=S, G=G, S_kv=S, block=block)
+
+
+def _check_blocks(block: int, L: int, tokens: int, name: str) -> None:
+    if tokens % block:
+        raise ValueError(f"{name}: value is {tokens}, expected a multiple of the block of {block}")
+    if L % block or not 0 < L <= tokens:
+        raise ValueError(f"L: value is {L}, expected a multiple of {block} up to the {tokens} tokens of {name}")
 
 
 def _rows(dtype: str) -> list[Case]:
@@ -214,12 +251,7 @@ def _rows(dtype: str) -> list[Case]:
 
 
 def _ragged(dtype: str) -> list[Case]:
-    # The longest row has about 3 times the mean length.
-    return [
-        Case("ragged", dtype, "few", 8, 128, 128, L, N, S_kv=max(ROW_CONTEXT, 4 * L))
-        for L in (64, 256, 1024)
-        for N in (64, 256, 1024)
-    ]
+    return [ragged_case(dtype, 8, 128, 128, L, N) for L in (64, 256, 1024) for N in (64, 256, 1024)]
 
 
 def _decode(dtype: str) -> list[Case]:

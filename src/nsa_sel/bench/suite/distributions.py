@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from ... import spans
+from .recorded import Recorded, inside
 
 SPANS, DECODE, PREFILL = "spans", "decode", "prefill"
 RAGGED_RATIO = 16  # longest / shortest row of `ragged`
@@ -51,25 +52,26 @@ class Distribution:
 
     draw(shape, generator): integer ranges of B·S·G·n_spans·2 elements. kinds: SPANS, DECODE, PREFILL. n_spans: spans of
     a row of SPANS (of blocks a row has L / block). longest(shape): tokens of the longest row where lengths differ by
-    more than the causal limit; None where every row selects L.
+    more than the causal limit; None where every row selects L. least: spans that a row must have.
     """
 
     draw: Draw
     kinds: tuple[str, ...]
     n_spans: int
     longest: Callable[[Shape], int] | None
+    least: int = 1
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {}
 
 
 def distribution(
-    *kinds: str, n_spans: int = 1, longest: Callable[[Shape], int] | None = None
+    *kinds: str, n_spans: int = 1, longest: Callable[[Shape], int] | None = None, least: int = 1
 ) -> Callable[[Draw], Draw]:
     """Enter a function into DISTRIBUTIONS under its own name; the arguments are fields of Distribution."""
 
     def enter(draw: Draw) -> Draw:
-        DISTRIBUTIONS[draw.__name__] = Distribution(draw, kinds, n_spans, longest)
+        DISTRIBUTIONS[draw.__name__] = Distribution(draw, kinds, n_spans, longest, least)
         return draw
 
     return enter
@@ -86,6 +88,11 @@ def find(name: str, kind: str) -> Distribution:
         of = f" of {kind}" if name in DISTRIBUTIONS else ""
         raise ValueError(f"layout: value is {name!r}, expected a distribution{of}: {', '.join(known)}")
     return DISTRIBUTIONS[name]
+
+
+def of_recorded(recorded: Recorded) -> Distribution:
+    """Return the spans of a recorded call, which are drawn by reading them."""
+    return Distribution(lambda shape, generator: inside(recorded.open()), (), recorded.n_spans, None)
 
 
 def ragged_lengths(shape: Shape) -> list[int]:
@@ -157,7 +164,7 @@ def zipf(shape: Shape, generator: Generator) -> Tensor:
     return best_blocks(shape, (number + 1) * torch.log1p(-uniform))
 
 
-@distribution(DECODE, PREFILL)
+@distribution(DECODE, PREFILL, least=3)
 def local(shape: Shape, generator: Generator) -> Tensor:
     """Select as real models do: the first block, the own, the one before, and others that stay for a while.
 
@@ -166,8 +173,6 @@ def local(shape: Shape, generator: Generator) -> Tensor:
     """
     own = own_block(shape)[:, 0, 0]
     slots = shape.n_spans - 3
-    if slots < 0:
-        raise ValueError(f"L: value is {shape.L}, expected at least 3 blocks of {shape.block} for local")
     held = torch.full((shape.B, shape.G, slots), -1)
     blocks = torch.full((shape.B, shape.S, shape.G, shape.n_spans), -1)
     blocks[..., 0] = own[:, None]

@@ -13,7 +13,7 @@ import pytest
 
 from . import cases as matrix
 from .cases import Case
-from .chosen import cases_of
+from .chosen import asked_for, cases_of
 from .kernels import kernels_of, methods
 
 pytest_plugins = [f"{__package__}.kernel_options"]  # whose kernels are methods too
@@ -45,7 +45,8 @@ class Hooks:
     def pytest_nsa_sel_cases(config: pytest.Config, cases: list[Case]) -> None:
         """Narrow or extend the cases of the run: change the list in place, and return nothing.
 
-        cases: what --sel-matrix, --sel-dtype and --sel-family chose, in the order of measuring. Called once.
+        cases: what --sel-matrix, --sel-dtype and --sel-family chose, or --sel-cases holds, in the order of measuring.
+        Called once.
         """
 
 
@@ -58,6 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sel-matrix", choices=matrix.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
     group.addoption("--sel-dtype", choices=matrix.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
     group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
+    group.addoption("--sel-cases", metavar="FILE", help="a YAML file of cases, in place of the matrix (docs/cases.md)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a bad choice of cases before anything is collected, in one line."""
+    if config.getoption("sel_cases") or config.getoption("sel_family"):
+        asked_for(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -66,11 +74,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not asked or not {"shape", "distribution", "kernel"} & set(metafunc.fixturenames):
         return
     try:
+        cases = cases_of(metafunc.config)
+    except pytest.UsageError as error:  # raised in a hook of the collection it would be shown with a traceback
+        raise pytest.Collector.CollectError(str(error)) from None
+    try:
         given = kernels_of(metafunc.config)
     except pytest.UsageError:  # said when everything is collected: here it would be an error of the test's file
         given = ()
     values, ids = [], []
-    for case in cases_of(metafunc.config).values():
+    for case in cases.values():
         for method in methods(case, given) if "method" in asked else [""]:
             known = {**case.parameters, "case_id": case.id, "method": method}
             values.append([known[name] for name in asked])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import spans
 from .cases import ELEMENT_BYTES, Case
+from .recorded import kept_tensors
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,7 +30,10 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str) -> Inputs:
-    """Draw the case's tensors from N(0, 1) on the device, in its dtype, with its fixed seed."""
+    """Draw the case's tensors from N(0, 1) on the device, in its dtype, with its fixed seed; or read recorded ones.
+
+    Raises: RecordingError if the recorded call is gone or another.
+    """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(case.seed)
     dtype = TORCH_DTYPES[case.dtype]
@@ -37,9 +41,14 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    q = draw(case.B, case.S, case.G, case.H, case.D)
-    k = draw(case.B, case.G, case.S_kv, case.D)
-    v = draw(case.B, case.G, case.S_kv, case.Dv)
+    call = None if case.recorded is None else case.recorded.open()
+    kept = None if call is None else kept_tensors(call)
+    if kept is None:
+        q = draw(case.B, case.S, case.G, case.H, case.D)
+        k = draw(case.B, case.G, case.S_kv, case.D)
+        v = draw(case.B, case.G, case.S_kv, case.Dv)
+    else:
+        q, k, v = (x.to(device) for x in kept)
     ranges = make_ranges(case)
     length = spans.lengths(ranges, case.S_kv)
     return Inputs(q, k, v, ranges.to(device), int(length.min()), int(length.max()))

@@ -11,9 +11,11 @@ from ...config import ConfigError
 from ..saved import storage
 from ..saved.run import RunError, Saved
 from ..saved.speedups import TRITON
-from ..suite import cases
+from ..suite import case_file, cases
+from ..suite.case_file import CaseFileError
 from . import write
-from .rule import ThresholdError, decide
+from .judged import Own, ThresholdError
+from .rule import decide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,18 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
     parser.add_argument(
-        "--matrix", choices=cases.MATRICES, default="full", help="the cases that must be there, in each dtype"
-    )
-    parser.add_argument(
         "--kernel", default=TRITON["op"], metavar="NAME", help="the kernel that is judged (default: ours, %(default)s)"
     )
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--matrix",
+        choices=cases.MATRICES,
+        help="the cases that must be there, in each dtype (default: those of the runs' own file, else full)",
+    )
+    wanted.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of a matrix")
+    parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="of its cases that name none")
     parser.add_argument("--apply", action="store_true", help="write the value and its rationale")
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"), help="YAML file to write")
     parser.add_argument("--prd", type=Path, default=Path("PRD.md"), help="requirements file to write")
     args = parser.parse_args(argv)
     folder = storage.folder(args.storage)
     try:
-        decision = decide([Saved.load(storage.find(run, folder)) for run in args.runs], args.matrix, args.kernel)
+        file = args.sel_cases
+        own = None if file is None else Own(file.name, case_file.read(file, args.sel_dtype))
+        saved = [Saved.load(storage.find(run, folder)) for run in args.runs]
+        decision = decide(saved, args.matrix, own, args.kernel)
         print(write.as_text(decision))
         if decision.min_L is None:
             if args.apply:
@@ -44,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.apply:
             changed = write.apply(decision, args.config, args.prd)
             print("Wrote " + ", ".join(map(str, changed)) if changed else "Already written; nothing changes.")
-    except (RunError, ThresholdError, ConfigError) as error:
+    except (RunError, ThresholdError, ConfigError, CaseFileError) as error:
         print(f"nsa-sel threshold: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,8 +14,9 @@ from typing import Any
 from ..saved.run import Saved, gpu_name, is_figure
 from ..saved.speedups import SDPA_FORMS, TRITON, fastest_form
 from ..suite import cases
-from ..suite.cases import DTYPES, Case, kernels_among
+from ..suite.cases import DTYPES, RECORDED, Case
 from ..suite.kernels import UNSUPPORTED, block_size, expressible
+from .judged import Own, ThresholdError, of_runs, takes
 
 NEEDED_SPEEDUP = 1.2
 REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "decode": "decode", "long": "decode", "prefill": "prefill"}
@@ -23,10 +24,6 @@ REGIMES = ("rows", "decode", "prefill")
 # launch -> the times that judge it, of which the worse counts
 LAUNCHES = {"eager": ("device", "call"), "graph": ("device", "graph"), "device": ("device",)}
 DECIDING_LAUNCH = "eager"
-
-
-class ThresholdError(ValueError):
-    """Say why no threshold can be computed from these runs, or why it cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Decision:
 
     gpu: str
     date: str  # of the newest run, YYYY-MM-DD
-    matrix: str
+    expected: str  # what must be there: "matrix `full`", or "cases of `cases.yaml`"
     runs: tuple[Saved, ...]
     thresholds: tuple[Threshold, ...]
     kernel: str = TRITON["op"]
@@ -160,53 +157,49 @@ class Decision:
         return max(blocked, key=lambda t: math.inf if t.min_L is None else t.min_L)
 
 
-def decide(saved: Sequence[Saved], matrix: str = "full", kernel: str = TRITON["op"]) -> Decision:
+def decide(
+    saved: Sequence[Saved], matrix: str | None = None, own: Own | None = None, kernel: str = TRITON["op"]
+) -> Decision:
     """Apply the min-L rule to saved runs of one GPU; runs may repeat a matrix or hold chunks of it.
 
+    matrix: the cases that must be there. own: these in place of a matrix. With neither, what the runs themselves hold:
+    the cases of their file, else the full matrix.
     kernel: ours, or a user's by its name; of the latter's cases those count that what it takes can express.
 
     Raises: ThresholdError without GPU figures, with planted slow-downs, for runs that differ in GPU, versions or in
-        what the kernel is, or for a kernel that is in none of them.
+        what the kernel is, or for a kernel that is in none of them; RunError for damaged definitions of cases.
     """
+    if matrix is None and own is None:
+        own = of_runs(saved)
     gpu = _one_machine(saved)
-    size = block_size(_takes(saved, kernel))
+    size = block_size(takes(saved, kernel))
     dtypes = sorted({str(extra.get("dtype")) for one in saved for extra in one.extras.values()} & set(DTYPES))
+    if own is not None:
+        dtypes = sorted({case.dtype for case in own.cases})
     if any("planted" in extra for one in saved for extra in one.extras.values()):
         raise ThresholdError("a run has planted slow-downs, which test the comparison; measure without --sel-plant")
     if not dtypes:
         raise ThresholdError(f"{saved[0].run.name}: no benchmark in it names a dtype of {', '.join(DTYPES)}")
     thresholds = []
     for dtype in dtypes:
-        expected = [case for case in cases.matrix(matrix, dtype) if expressible(case, size)]
+        expected = cases.matrix(matrix or "full", dtype) if own is None else [c for c in own.cases if c.dtype == dtype]
+        expected = [case for case in expected if expressible(case, size)]
         for launch in LAUNCHES:
             verdicts = judge(expected, saved, launch, kernel)
             for regime in REGIMES:
                 of_regime = tuple(v for v in verdicts if v.regime == regime)
                 if of_regime:
                     thresholds.append(Threshold(regime, launch, dtype, of_regime))
+    named = f"matrix `{matrix or 'full'}`" if own is None else f"cases of `{own.name}`"
     date = max(one.run.datetime for one in saved)[:10]
-    return Decision(gpu, date, matrix, tuple(saved), tuple(thresholds), kernel)
+    return Decision(gpu, date, named, tuple(saved), tuple(thresholds), kernel)
 
 
-def kernels(saved: Sequence[Saved]) -> list[str]:
-    """Return the kernels that the runs were asked for, ours first."""
-    return kernels_among(method for one in saved for _, method in (*one.extras, *one.not_timed))
-
-
-def _takes(saved: Sequence[Saved], kernel: str) -> str:
-    """Return what the kernel takes.
-
-    Raises: ThresholdError if no run has it, or it is not the same in all.
-    """
-    known = kernels(saved)
-    if kernel not in (TRITON["op"], *known):
-        names = ", ".join(known) or "none"
-        raise ThresholdError(f"--kernel: value is {kernel!r}, expected one that the runs have: {names}")
-    found = {about: one.run.name for one in saved if (about := one.run.kernels.get(kernel))}
-    if len(found) > 1:
-        shown = ", ".join(f"{about} ({name})" for about, name in found.items())
-        raise ThresholdError(f"the runs differ in what {kernel} is: {shown}")
-    return next(iter(found), "").rpartition(", ")[2]
+def regime_of(case: Case) -> str:
+    """Return the regime by which a case counts; a recorded call is one of decode if it has one query token."""
+    if case.family == RECORDED:
+        return "prefill" if case.S > 1 else "decode"
+    return REGIME_OF_FAMILY[case.family]
 
 
 def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str, kernel: str = TRITON["op"]) -> list[Verdict]:
@@ -226,7 +219,7 @@ def judge(expected: Sequence[Case], saved: Sequence[Saved], launch: str, kernel:
 
 def _judge_case(case: Case, holding: Sequence[Saved], most: int, launch: str, kernel: str) -> Verdict:
     def verdict(**found: Any) -> Verdict:
-        return Verdict(case.id, REGIME_OF_FAMILY[case.family], case.L, case.longest, **found)
+        return Verdict(case.id, regime_of(case), case.L, case.longest, **found)
 
     if not holding:
         return verdict(problem="missing from every run")

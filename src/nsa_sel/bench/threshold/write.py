@@ -12,7 +12,8 @@ from ...config import SelConfig
 from ..saved.run import Saved
 from ..saved.speedups import TRITON, geomean
 from ..tables import as_markdown, replace_file
-from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, ThresholdError, Verdict
+from .judged import ThresholdError
+from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, Verdict
 
 BEGIN, END = "<!-- threshold:begin -->", "<!-- threshold:end -->"
 # How the verdict calls packed SDPA's forms.
@@ -86,7 +87,8 @@ def _opponents(decision: Decision) -> str:
 def as_text(decision: Decision, longest_list: int = 20) -> str:
     """Return the decision for a terminal: a line per threshold, the verdict, and what stands in its way."""
     of = "" if decision.kernel == TRITON["op"] else f"{decision.kernel} on "
-    lines = [f"{of}{decision.gpu}, {decision.date}, matrix {decision.matrix}, {len(decision.runs)} run(s)"]
+    what = decision.expected.replace("`", "")
+    lines = [f"{of}{decision.gpu}, {decision.date}, {what}, {len(decision.runs)} run(s)"]
     lines.append(
         f"{'regime':<9}{'launch':<8}{'dtype':<7}{'min-L':>6}{'cases':>7}{'slow':>6}{'missing':>9}{'not judged':>12}"
         "  decided by"
@@ -122,7 +124,7 @@ def prd_section(decision: Decision) -> str:
         f"{'Decided by' if decider.failing else 'No case is below; the closest is'} `{decider.deciding.case}` "
         f"({decider.regime}, {decider.launch}, L = {decider.deciding.L}): "
         f"{decider.deciding.text}.",
-        "Runs: " + "; ".join(_run_line(saved) for saved in decision.runs) + f". Matrix `{decision.matrix}`.",
+        "Runs: " + "; ".join(_run_line(saved) for saved in decision.runs) + f". {decision.expected.capitalize()}.",
         _summary_table(decision),
         *(f"Not judged: `{v.case}`: {v.not_judged}." for v in decision.not_judged),
     ]

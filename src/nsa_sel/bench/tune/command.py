@@ -18,7 +18,7 @@ from pathlib import Path
 from ...kernel import tuned_table
 from ...kernel.call import Gpu
 from ..saved.storage import slug
-from ..suite import cases
+from ..suite import case_file, cases
 from ..suite.cases import Case
 from ..tables import replace_file
 from ..timer.machine import environment
@@ -75,14 +75,19 @@ def default_folder(gpu: str) -> Path:
 def select(args: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments name, but for ragged ones: their rows of one span take no entry of a table.
 
-    Raises: ValueError for an unknown family, or if none is left.
+    Raises: ValueError for an unknown family, a bad file of cases, or if none is left.
     """
-    given = bool(args.matrix or args.family or args.k)
-    chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
+    if args.sel_cases and (args.matrix or args.family):
+        raise ValueError("--sel-cases: stands in place of --matrix and --family; give one of them")
+    given = bool(args.matrix or args.family or args.k or args.sel_cases)
+    if args.sel_cases:
+        chosen = case_file.read(args.sel_cases, args.dtype)
+    else:
+        chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
     chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
-    chosen = [case for case in chosen if not case.ragged]
+    chosen = [case for case in chosen if not (case.ragged and case.n_spans == 1)]
     if not chosen:
-        raise ValueError(f"no case of the matrix but ragged ones has all of these in its id: {', '.join(args.k)}")
+        raise ValueError(f"no case but ragged ones has all of these in its id: {', '.join(args.k)}")
     return chosen
 
 
@@ -90,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nsa-sel tune", description=__doc__)
     parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
     parser.add_argument("--family", metavar="NAMES", help=f"only these, with commas: {', '.join(cases.FAMILIES)}")
+    parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
     parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of the cases; the table serves both")
     parser.add_argument("--exhaustive", action="store_true", help="every chunk of D and Dv in the first round too")

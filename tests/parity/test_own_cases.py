@@ -1,0 +1,44 @@
+"""The cases of `--sel-cases FILE` through the gate; without the option this file is not collected.
+
+The kernel runs the whole case; of a large one at most some 500 rows, every group's and spread over the tokens, are
+compared with the oracle, which takes one row at a time.
+"""
+
+import pytest
+import torch
+
+from nsa_sel.bench.suite.inputs import TORCH_DTYPES, make_inputs, memory_estimate
+
+from .parity_case import DEVICE, ON_GPU, Case, judge, run_kernel
+
+ROWS = 512
+INTERPRETER_LIMIT = 2**16  # selected tokens of all rows, which it computes in some 20 seconds
+
+
+def unaffordable(case) -> str | None:
+    """Return why this machine cannot run the case, or None."""
+    if ON_GPU:
+        needed, free = memory_estimate(case, packed=False), torch.cuda.mem_get_info()[0]
+        return f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else None
+    if case.N * case.longest > INTERPRETER_LIMIT:
+        rows = f"{case.N} rows of up to {case.longest} tokens"
+        return f"{rows} are too large for Triton's interpreter, whose limit is {INTERPRETER_LIMIT} tokens in all"
+    return None
+
+
+def test_own_case_triton_sel_parity(sel_case):
+    from nsa_sel.kernel import launch
+
+    if (reason := unaffordable(sel_case)) is not None:
+        pytest.skip(reason)
+    x = make_inputs(sel_case, DEVICE)
+    if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
+        pytest.skip(f"the Triton kernel cannot run it: {reason}")
+    dtype = TORCH_DTYPES[sel_case.dtype]
+    case = Case(x.ranges.cpu(), sel_case.S_kv, sel_case.H, sel_case.D, sel_case.Dv, dtype)
+    out = run_kernel(case, x.q, x.k, x.v, x.ranges)
+    assert not out.isnan().any(), f"{sel_case.id}: NaN in the result, or an element that was never written"
+    tokens = max(1, ROWS // (sel_case.B * sel_case.G))
+    chosen = torch.linspace(0, sel_case.S - 1, min(tokens, sel_case.S)).long().to(DEVICE)
+    verdict = judge(case, out[:, chosen], x.q[:, chosen], x.k, x.v, x.ranges[:, chosen])
+    assert verdict.ok, f"{sel_case.id}\n{verdict.message}"
