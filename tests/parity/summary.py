@@ -63,6 +63,6 @@ def _count(terminal: pytest.TerminalReporter, kernel: UserKernel, said: Sequence
     own = f"{kernel.name}: "
     reasons = Counter(text.removeprefix(own) for text in said if text.startswith(own)).most_common()
     for reason, n in reasons[:REASONS_SHOWN]:
-        terminal.line(f"{n} {what}: {reason}")
+        terminal.line(f"{what} ({n}): {reason}")
     if others := sum(n for _, n in reasons[REASONS_SHOWN:]):
-        terminal.line(f"{others} {what}: other reasons")
+        terminal.line(f"{what} ({others}): other reasons")

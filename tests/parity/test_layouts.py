@@ -306,3 +306,14 @@ def test_the_interpreter_rounds_to_bf16_as_hardware_does():
     x = torch.cat((torch.randn(10000), torch.tensor(edges)))
     got = torch.from_numpy(round_to_bf16(x.numpy()).view("int16")).view(torch.bfloat16)
     torch.testing.assert_close(got, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_the_interpreter_multiplies_bf16_by_its_value():
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    a, b, d = torch.randn(16, 32).bfloat16(), torch.randn(32, 16).bfloat16(), torch.zeros(16, 16)
+    left, right = (TensorHandle(x.view(torch.int16).numpy().view("uint16"), bfloat16) for x in (a, b))
+    out = InterpreterBuilder().create_dot(left, right, TensorHandle(d.numpy(), float32), None, 0)
+    torch.testing.assert_close(torch.from_numpy(out.data), a.float() @ b.float())
