@@ -127,13 +127,17 @@ def config_for_call(config: SelConfig | None) -> SelConfig:
     return config
 
 
-def test_triton_sel(env: Mapping[str, str] | None = None) -> UseTriton:
-    """Read NSA_TEST_TRITON_SEL for the parity suite: True = Triton must run, False = skip, "auto" = run if it can.
+def test_triton_sel(env: Mapping[str, str] | None = None) -> UseTriton | Literal["gpu"]:
+    """Read NSA_TEST_TRITON_SEL for the parity suite.
+
+    True: Triton must run. "gpu": on a GPU; its interpreter does not count. False: skip. "auto": run if it can.
 
     Raises: ConfigError for a malformed value.
     """
-    env = os.environ if env is None else env
-    return _parse_switch_or_auto("NSA_TEST_TRITON_SEL", env.get("NSA_TEST_TRITON_SEL", "auto"))
+    text = (os.environ if env is None else env).get("NSA_TEST_TRITON_SEL", "auto")
+    if text not in ("0", "1", "gpu", "auto"):
+        raise _malformed("NSA_TEST_TRITON_SEL", text, "1, 0, gpu or auto")
+    return "gpu" if text == "gpu" else _parse_switch_or_auto("NSA_TEST_TRITON_SEL", text)
 
 
 test_triton_sel.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it where it is imported

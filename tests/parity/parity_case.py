@@ -5,19 +5,27 @@ Imports of the kernel stay inside functions: conftest.py must choose between GPU
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import Tensor
 
 from nsa_sel import reference
 from nsa_sel.bench.suite import gate
+from nsa_sel.bench.suite.kernels import UserKernel
+
+from . import given_kernel
+from .summary import OURS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     from . import interpreter_bf16  # noqa: F401
+OUR_FRAMES = (__file__, given_kernel.__file__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SPANS, SPANS_S_KV = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)], 110  # a row out of order, with an empty span
 INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
@@ -38,8 +46,9 @@ VIEWS = {
 class Case:
     """Describe one call: the ranges [B, S, G, n_spans, 2] (CPU) give B, S, G and n_spans; the seed makes q, k and v.
 
-    q_factor multiplies q after the draw. view: a key of VIEWS, applied to all four tensors. edit: one Python statement
-    on q, k, v, run before the view. hints: whether min_len and max_len are passed. launch: a LaunchConfig to force.
+    q_factor multiplies q after the draw. view: a key of VIEWS, applied to all four tensors (ranges that become blocks
+    excepted). edit: one Python statement on q, k, v, run before the view. scale: None is 1/sqrt(D). hints: whether
+    min_len and max_len are passed. launch: a LaunchConfig to force.
     """
 
     ranges: Tensor
@@ -52,6 +61,7 @@ class Case:
     q_factor: int = 1
     view: str = "plain"
     edit: str = ""
+    scale: float | None = None
     hints: bool = True
     launch: Any = None
     row: tuple[int, int, int] | None = None  # keep only this row (b, s, g); with the plain view
@@ -102,7 +112,8 @@ def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if case.edit:
         exec(case.edit, {"torch": torch, "q": q, "k": k, "v": v})  # the repro prints the same statement
     view = eval(VIEWS[case.view])
-    q, k, v, ranges = (view(t) for t in (q, k, v, case.ranges.to(DEVICE)))
+    q, k, v = (view(t) for t in (q, k, v))
+    ranges = case.ranges.to(DEVICE) if _takes_blocks() else view(case.ranges.to(DEVICE))
     if case.row is not None:
         b, s, g = case.row
         q, ranges = q[b : b + 1, s : s + 1, g : g + 1], ranges[b : b + 1, s : s + 1, g : g + 1]
@@ -123,33 +134,63 @@ def unselected(case: Case) -> list[int]:
 
 
 def hints(case: Case, ranges: Tensor) -> dict[str, int]:
-    """Return min_len and max_len as a caller would pass them, or nothing."""
+    """Return min_len and max_len as a caller would pass them, or nothing; a given kernel always gets them."""
     L = row_lengths(ranges, case.S_kv)
-    return {"min_len": min(L), "max_len": max(L)} if case.hints and L else {}
+    return {"min_len": min(L), "max_len": max(L)} if (case.hints or given_kernel.under_test) and L else {}
 
 
 def run_kernel(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
-    """Run the Triton kernel into an output full of NaN and prove that it, and nothing else, ran."""
+    """Run the kernel under test; ours into an output full of NaN, with a proof that it, and nothing else, ran.
+
+    A given kernel that declares the call unsupported skips the test.
+    """
+    if given_kernel.under_test is not None:
+        return _run_given(given_kernel.under_test, case, q, k, v, ranges)
     from nsa_sel.kernel import launch
 
     out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
     launches = launch.launch_count()
-    result = launch.forward(q, k, v, ranges, out=out, launch=case.launch, **hints(case, ranges))
+    result = launch.forward(q, k, v, ranges, scale=case.scale, out=out, launch=case.launch, **hints(case, ranges))
     assert result.data_ptr() == out.data_ptr(), "forward did not return the buffer that it was given"
     assert launch.launch_count() > launches or not any(row_lengths(ranges, case.S_kv)), "the kernel never ran"
     return out
 
 
+def _run_given(kernel: UserKernel, case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
+    watched = replace(kernel, function=given_kernel.watched(kernel.function))
+    call = watched.ready(q, k, v, ranges, scale=case.scale, **hints(case, ranges))
+    try:
+        if (reason := kernel.unsupported(q, k, v, ranges)) is not None:
+            pytest.skip(f"{kernel.name}: {reason}")
+        return call()
+    except given_kernel.Broken as error:
+        said = str(error)
+    except Exception as error:  # a kernel may fail in any way
+        own = error.__traceback__
+        while own is not None and own.tb_next is not None and own.tb_frame.f_code.co_filename in OUR_FRAMES:
+            own = own.tb_next
+        said = f"it raised\n{''.join(traceback.format_exception(type(error), error, own))}".rstrip()
+    fail(case, said)
+
+
+def fail(case: Case, message: str, code: str | None = None) -> NoReturn:
+    """Fail the test with the case's name, what is wrong, and a repro whose lines can be pasted as they are printed."""
+    kernel = given_kernel.under_test
+    name = f"{kernel.name}: " if kernel else ""
+    pytest.fail(f"{name}{case.label}\n{message}\n\n{code or repro(case)}\n", pytrace=False)
+
+
 def judge(case: Case, out: Tensor, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> gate.GateResult:
     """Put one result through the gate."""
-    packed = reference.packed_sdpa(q, k, v, ranges)
-    return gate.check(out, reference.oracle(q, k, v, ranges), packed, dtype=case.dtype, logit_factor=case.q_factor)
+    oracle, packed = (f(q, k, v, ranges, scale=case.scale) for f in (reference.oracle, reference.packed_sdpa))
+    return gate.check(out, oracle, packed, dtype=case.dtype, logit_factor=case.q_factor)
 
 
 @dataclass(frozen=True)
 class Record:
     """Keep the figures of one passed comparison for the summary at the end of the run: plain values only."""
 
+    kernel: str
     dtype: str
     label: str
     variant: str
@@ -164,18 +205,25 @@ RECORDS: list[Record] = []
 
 def check(case: Case) -> Tensor:
     """Run a case and put it through the gate; a failure prints the figures and a repro. Returns the kernel's output."""
-    from nsa_sel.kernel.launch import launch_for
-
     q, k, v, ranges = tensors(case)
     out = run_kernel(case, q, k, v, ranges)
     verdict = judge(case, out, q, k, v, ranges)
-    assert verdict.ok, f"{case.label}\n{verdict.message}\n{smallest_repro(case)}"
-    launch = case.launch or launch_for(q, k, v, ranges, **hints(case, ranges))
+    if not verdict.ok:
+        fail(case, verdict.message, smallest_repro(case))
     dtype = str(case.dtype).removeprefix("torch.")
-    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {launch}"
+    kernel = given_kernel.under_test.name if given_kernel.under_test else OURS
+    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {_launch(case, q, k, v, ranges)}"
     figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
-    RECORDS.append(Record(dtype, case.label, variant, case.q_factor, *figures))
+    RECORDS.append(Record(kernel, dtype, case.label, variant, case.q_factor, *figures))
     return out
+
+
+def _launch(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Any:
+    if given_kernel.under_test is not None:
+        return None
+    from nsa_sel.kernel.launch import launch_for
+
+    return case.launch or launch_for(q, k, v, ranges, **hints(case, ranges))
 
 
 def smallest_repro(case: Case) -> str:
@@ -183,18 +231,20 @@ def smallest_repro(case: Case) -> str:
     B, S, G = case.ranges.shape[:3]
     if B * S * G > 1 and case.view == "plain":
         q, k, v, ranges = tensors(case)
-        verdict = judge(case, run_kernel(case, q, k, v, ranges), q, k, v, ranges)
-        if verdict.bad_row is not None:
-            b, s, g = verdict.bad_row
-            alone = replace(case, row=(b, s, g))
-            if not judge(alone, run_kernel(alone, *(drawn := tensors(alone))), *drawn).ok:
-                return repro(alone)
+        # A given kernel may do something else the second time, and blocks may express the row in its place alone.
+        with contextlib.suppress(pytest.fail.Exception, pytest.skip.Exception, ValueError):
+            verdict = judge(case, run_kernel(case, q, k, v, ranges), q, k, v, ranges)
+            if verdict.bad_row is not None:
+                b, s, g = verdict.bad_row
+                alone = replace(case, row=(b, s, g))
+                if not judge(alone, run_kernel(alone, *(drawn := tensors(alone))), *drawn).ok:
+                    return repro(alone)
     return repro(case)
 
 
 def repro(case: Case) -> str:
     """Return at most 15 lines that run when pasted in the clone, or beside the wheel, and end in the gate's verdict."""
-    ranges, launch = case.ranges, ""
+    ranges = case.ranges
     q_shape, k_shape, v_shape = _shapes(case)
     B, S, G, n_spans, _ = ranges.shape
     keep = ""
@@ -203,32 +253,57 @@ def repro(case: Case) -> str:
         ranges = ranges[b : b + 1, s : s + 1, g : g + 1]
         k_part = f"[{b}:{b + 1}, {g}:{g + 1}]"
         keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k{k_part}, v{k_part}"
-    if case.launch is not None:
-        launch = f", launch={case.launch!r}"
-    given = "".join(f", {name}={value}" for name, value in hints(case, tensors(case)[3]).items())
+    scale = "" if case.scale is None else f", scale={case.scale}"
     factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
+    viewed = "q, k, v" if _takes_blocks() else "q, k, v, ranges"
+    imports, call = _imports_and_call(case)
     lines = [
         f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
         "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
-        "from nsa_sel import reference",
-        "from nsa_sel.bench.suite import gate",
-        "from nsa_sel.kernel import launch; from nsa_sel.kernel.launch_config import LaunchConfig",
+        "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
+        imports,
         f"torch.manual_seed({case.seed})",
         f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
         f"q = q * {case.q_factor}" if case.q_factor != 1 else "",
         case.edit,
         f'ranges = torch.tensor({ranges.flatten().tolist()}, dtype={ranges.dtype}, device="{DEVICE}")'
         f".view({tuple(ranges.shape)})",
-        "" if case.view == "plain" else f"q, k, v, ranges = map({VIEWS[case.view]}, (q, k, v, ranges))",
+        "" if case.view == "plain" else f"{viewed} = map({VIEWS[case.view]}, ({viewed}))",
         keep,
-        'out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)',
-        f"launch.forward(q, k, v, ranges, out=out{launch}{given})",
-        "verdict = gate.check(out, reference.oracle(q, k, v, ranges), reference.packed_sdpa(q, k, v, ranges), "
-        f"dtype=q.dtype{factor})",
+        *call,
+        f"oracle, packed = (f(q, k, v, ranges{scale}) for f in (reference.oracle, reference.packed_sdpa))",
+        f"verdict = gate.check(out, oracle, packed, dtype=q.dtype{factor})",
         "assert verdict.ok, verdict.message",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _imports_and_call(case: Case) -> tuple[str, list[str]]:
+    """Return the repro's lines that import the kernel under test and that make `out`."""
+    given = [f"{name}={value}" for name, value in hints(case, tensors(case)[3]).items()]
+    kernel = given_kernel.under_test
+    if kernel is None:
+        given += [f"launch={case.launch!r}"] if case.launch is not None else []
+        given += [f"scale={case.scale}"] if case.scale is not None else []
+        return "from nsa_sel.kernel import launch; from nsa_sel.kernel.launch_config import LaunchConfig", [
+            'out = torch.full((*q.shape[:4], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)',
+            f"launch.forward({', '.join(['q, k, v, ranges, out=out', *given])})",
+        ]
+    module, function = kernel.spec.split(":")
+    given.append(f"scale={'q.shape[-1] ** -0.5' if case.scale is None else case.scale}")
+    blocks = [f"blocks = spans.ranges_to_blocks(ranges, {kernel.block_size}, k.shape[2])"] if kernel.block_size else []
+    given += [f"block_size={kernel.block_size}"] if kernel.block_size else []
+    selected = "blocks" if kernel.block_size else "ranges"
+    return f"from {module} import {function} as kernel; from {given_kernel.__name__} import watched", [
+        *blocks,
+        f"out = watched(kernel)(q, k, v, {selected}, {', '.join(given)})",
+    ]
+
+
+def _takes_blocks() -> bool:
+    """Tell whether ranges become blocks, which no view may move to another token."""
+    return given_kernel.under_test is not None and given_kernel.under_test.block_size > 0
 
 
 def _shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

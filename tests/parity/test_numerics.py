@@ -10,23 +10,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_sel import reference
 
+from .fitting import ordinary
 from .launches import small_covering
 from .parity_case import DTYPES, SPANS, SPANS_S_KV, Case, check, judge, rows, run_kernel, tensors, unselected
 
-BASE = Case(rows(SPANS, [(0, 1), (90, 95)], [(40, 41)]), SPANS_S_KV)
+ROWS = rows(SPANS, [(0, 1), (90, 95)], [(40, 41)])
+BASE = Case(ROWS, SPANS_S_KV)
 SPLIT = next(config for config in small_covering() if config.load == "gather" and config.splits > 1)
 LAUNCHES = pytest.mark.parametrize("launch", (None, SPLIT), ids=("chosen", "split"))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
 
+@pytest.mark.contract
 @EVERY_DTYPE
 @LAUNCHES
 def test_triton_sel_parity_of_logits_of_ten_thousand(dtype, launch):
-    case = replace(BASE, dtype=dtype, q_factor=2500, launch=launch)
-    q, k, _, _ = tensors(case)
-    logits = torch.einsum("bsghd,bgtd->bsght", q.double(), k.double()) * case.D**-0.5
+    large = {"dtype": dtype, "q_factor": 2500, "launch": launch}
+    q, k, _, _ = tensors(replace(BASE, **large))
+    logits = torch.einsum("bsghd,bgtd->bsght", q.double(), k.double()) * BASE.D**-0.5
     assert logits.abs().max() >= 8000 and logits.min() < -5000
-    check(case)
+    check(ordinary(ROWS, SPANS_S_KV, **large))
 
 
 @EVERY_DTYPE
@@ -78,13 +81,14 @@ def test_triton_sel_parity_of_one_key_is_its_value(dtype, launch):
     assert torch.equal(out[0, :, 0], v[0, 0, [7, 109], None].expand(2, case.H, case.Dv))
 
 
+@pytest.mark.contract
 @EVERY_DTYPE
 @LAUNCHES
 def test_triton_sel_parity_of_equal_keys_is_the_mean(dtype, launch):
-    case = replace(BASE, dtype=dtype, launch=launch, edit="k[:] = k[:, :, :1]")
+    case = ordinary(ROWS, SPANS_S_KV, dtype=dtype, launch=launch, edit="k[:] = k[:, :, :1]")
     out = check(case)
     v = tensors(case)[2]
-    mean = torch.cat([v[0, 0, start:end].double() for start, end in SPANS]).mean(0)
+    mean = torch.cat([v[0, 0, start:end].double() for start, end in case.ranges[0, 0, 0].tolist()]).mean(0)
     assert (out[0, 0, 0].double() - mean).abs().max() <= 2 * max(torch.finfo(dtype).eps, 1e-6)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from .fitting import check_drawn
 from .launches import small_covering
 from .parity_case import OUT_OF_RANGE, OUT_OF_RANGE_64, Case, check, here, rows
 
@@ -54,6 +56,7 @@ def cases(draw: st.DrawFn, max_spans: int = MAX_SPANS) -> Case:
     return Case(rows(*drawn, dtype=index), S_kv, dtype=dtype, seed=draw(st.integers(0, 99)))
 
 
+@pytest.mark.contract("spans")
 @settings(max_examples=here(300, 60))
 @given(cases())
 @example(Case(rows([], [], []), 5))  # no spans
@@ -68,7 +71,7 @@ def cases(draw: st.DrawFn, max_spans: int = MAX_SPANS) -> Case:
 @example(Case(rows(OUT_OF_RANGE, [(0, 9)]), 9))
 @example(Case(rows(OUT_OF_RANGE + OUT_OF_RANGE_64, OUT_OF_RANGE_64, dtype=torch.int64), 9))
 def test_triton_sel_parity_of_any_span_layout(case):
-    check(case)
+    check_drawn(case)
 
 
 @settings(max_examples=here(60, 12))
@@ -78,8 +81,9 @@ def test_triton_sel_parity_of_any_span_layout_in_any_variant(case, which):
     check(replace(case, dtype=torch.bfloat16, launch=configs[which % len(configs)]))
 
 
+@pytest.mark.contract("spans")
 @settings(max_examples=here(20, 3))
 @given(cases(max_spans=here(1024, 150)))
 @example(Case(rows([(3 * i, 3 * i + 2) for i in range(here(1024, 100))], [(0, 5)]), 3 * 1024))
 def test_triton_sel_parity_of_very_many_spans(case):
-    check(case)
+    check_drawn(case)

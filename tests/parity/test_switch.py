@@ -17,11 +17,11 @@ NO_KERNEL = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU means real kernels")
 
 
-def run(environment: dict[str, str], *options: str) -> str:
+def run(environment: dict[str, str], *options: str, test: str = ONE_TEST) -> str:
     names = ("NSA_TEST_TRITON_SEL", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in names and "XDIST" not in name}
     # -B: where these tests came with a wheel, that stays as it was installed.
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", ONE_TEST, *options]
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", test, *options]
     done = subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr
 
@@ -34,14 +34,32 @@ def run(environment: dict[str, str], *options: str) -> str:
         ({"NSA_TEST_TRITON_SEL": "0"}, "1 skipped", "NSA_TEST_TRITON_SEL=0"),
         (NO_KERNEL, "1 skipped", "cannot run here: no CUDA device"),
         ({**NO_KERNEL, "NSA_TEST_TRITON_SEL": "1"}, r"1 (failed|error)", "cannot run here: no CUDA device"),
+        pytest.param(
+            {"NSA_TEST_TRITON_SEL": "gpu"}, r"1 (failed|error)", "interpreter does not count", marks=WITHOUT_GPU
+        ),
         ({"NSA_TEST_TRITON_SEL": "yes please"}, "ConfigError", "NSA_TEST_TRITON_SEL"),
     ],
-    ids=("interpreter", "interpreter, must run", "off", "nothing there", "nothing there, must run", "malformed"),
+    ids=(
+        "interpreter",
+        "interpreter, must run",
+        "off",
+        "nothing there",
+        "nothing there, must run",
+        "on a GPU",
+        "malformed",
+    ),
 )
 def test_the_switch(environment, verdict, words):
     text = run(environment)
     assert re.search(verdict, text), text
     assert words in text
+
+
+def test_the_kill_switch_skips_what_calls_the_public_function():
+    test = "tests/parity/test_layouts.py::test_triton_sel_parity_of_the_public_function"
+    text = run({"NSA_FORCE_PARITY": "1"}, test=test)
+    assert "3 skipped" in text, text
+    assert "NSA_FORCE_PARITY is on (set by environment NSA_FORCE_PARITY)" in text
 
 
 def test_a_test_that_never_launches_the_kernel_fails(tmp_path):

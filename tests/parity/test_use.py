@@ -12,6 +12,7 @@ from nsa_sel import reference
 
 from .parity_case import DEVICE, ON_GPU, Case, has_clusters, has_tma, here, judge, rows, tensors
 
+pytestmark = pytest.mark.public
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 CASES = [
     Case(rows([(0, 40)], [(3, 4)], [(0, 0)]), 64, H=8, dtype=torch.float16),

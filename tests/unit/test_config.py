@@ -91,7 +91,7 @@ def test_a_malformed_switch_with_auto_names_its_choices(yaml_file, text):
     with pytest.raises(ConfigError) as caught:
         SelConfig.load(yaml_file(""), {"NSA_USE_TRITON_SEL": text})
     assert str(caught.value) == f"NSA_USE_TRITON_SEL: value is {text!r}, expected 1, 0 or auto"
-    with pytest.raises(ConfigError, match=r"^NSA_TEST_TRITON_SEL: value is .*, expected 1, 0 or auto$"):
+    with pytest.raises(ConfigError, match=r"^NSA_TEST_TRITON_SEL: value is .*, expected 1, 0, gpu or auto$"):
         config.test_triton_sel({"NSA_TEST_TRITON_SEL": text})
 
 
@@ -304,3 +304,4 @@ def test_the_parity_toggle_is_auto_unless_set(env, expected):
     assert config.test_triton_sel(env) == expected
     assert config.test_triton_sel({"NSA_TEST_TRITON_SEL": "1"}) is True
     assert config.test_triton_sel({"NSA_TEST_TRITON_SEL": "0"}) is False
+    assert config.test_triton_sel({"NSA_TEST_TRITON_SEL": "gpu"}) == "gpu"

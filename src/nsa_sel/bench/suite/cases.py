@@ -37,9 +37,8 @@ class Case:
 
     family: one of FAMILIES, or RECORDED. dtype: "bf16" or "fp16", recorded also "fp32". layout: the distribution's
     name. H: heads per group. D, Dv: widths. L: selected tokens per row (the mean in `ragged`, the most in `prefill` and
-    of a recorded call). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length where spans are blocks, 0
-    elsewhere. peers: timed beside other people's kernels. name: what a file of cases calls it. recorded: the call of a
-    real model that the case is.
+    of a recorded call). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length, 0 where spans are no blocks.
+    peers: timed beside other people's kernels. name: in a file of cases. recorded: the real model's call that it is.
 
     Raises:
         ValueError: no distribution has the layout's name, or it does not draw such rows.
