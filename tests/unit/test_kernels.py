@@ -77,6 +77,13 @@ def test_the_working_directory_goes_before_what_is_installed(mine, tmp_path):
     assert kernel.function() == "here"
 
 
+def test_a_module_that_warns_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "warning_kernel.py").write_text("import warnings\nwarnings.warn('old')\ndef f(): ...\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="old"):
+        assert parse(["warning_kernel:f"])
+
+
 @pytest.mark.parametrize(
     ("specs", "takes", "said"),
     [

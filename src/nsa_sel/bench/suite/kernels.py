@@ -9,6 +9,7 @@ import functools
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,7 +219,9 @@ def _module(name: str, spec: str) -> object:
     if sys.path[0] != here:
         sys.path.insert(0, here)
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # the suite's settings make errors of them, for this package's own code
+            return importlib.import_module(name)
     except Exception as error:  # a user's module may fail in any way
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise KernelError(f"--sel-kernel {spec}: no module {name} in {here} or installed") from None
