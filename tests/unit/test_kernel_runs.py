@@ -16,6 +16,7 @@ from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import Case
+from nsa_sel.bench.suite.recorded import Recorded
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold import judged, rule, write
 from nsa_sel.bench.threshold.judged import ThresholdError
@@ -158,6 +159,23 @@ def test_cases_that_its_blocks_cannot_express_are_not_expected(tmp_path):
     (rows,) = {t for t in rule.decide([run], kernel="mine").deciding if t.regime == "rows"}
     assert {v.case.rpartition("-")[2] for v in rows.verdicts} == {"few"} and min(v.L for v in rows.verdicts) == 64
     assert all("missing" in v.problem for v in rows.verdicts)
+
+
+def test_blocks_that_express_no_case_are_refused(tmp_path):
+    data = saved_runs.with_kernel(saved_runs.run(HOT), "mine", 1.0, takes="blocks:48")
+    with pytest.raises(ThresholdError, match="^mine takes blocks:48, which expresses none of the cases$"):
+        rule.decide([saved(tmp_path, data)], own=rule.Own("cases.yaml", HOT[:1]), kernel="mine")
+
+
+def test_of_recorded_calls_those_are_expected_that_were_asked_for_and_no_file_is_read(tmp_path):
+    inside, outside = (
+        Case("recorded", "bf16", "recorded", 4, 64, 64, 128, 1, recorded=Recorded("gone.pt", digest, 2, 128))
+        for digest in ("00000001", "00000002")
+    )
+    data = saved_runs.with_kernel(saved_runs.run([inside]), "mine", 1.0, takes="blocks:64")
+    data["benchmarks"] += saved_runs.run([outside])["benchmarks"]
+    decided = rule.decide([saved(tmp_path, data)], own=rule.Own("cases.yaml", [inside, outside]), kernel="mine")
+    assert {v.case for t in decided.thresholds for v in t.verdicts} == {inside.id}
 
 
 def test_what_it_declares_unsupported_is_not_judged_and_what_else_has_no_time_counts(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.resume.conditions import conditions
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite import case_file, cases
 from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.machine import environment
+from nsa_sel.recording import RecordingError
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
@@ -180,6 +182,33 @@ def test_packed_rows_as_blocks_are_the_first_blocks_of_a_context_of_their_own(ti
 
     assert timed(look, "mine_core", DECODE, 64)["takes"] == "blocks:64"
     assert seen[0] == ((4, 1, 128, 64), [0, 1], 64)
+
+
+@pytest.fixture
+def recorded(tmp_path) -> cases.Case:
+    """Return a call of two whole blocks as a case."""
+    q, kv = torch.randn(1, 1, 1, 4, 64), torch.randn(1, 1, 128, 64)
+    nsa_sel.record(tmp_path, q, kv, kv, torch.tensor([[64, 128], [0, 64]]).view(1, 1, 1, 2, 2))
+    (tmp_path / "cases.yaml").write_text("cases:\n  - recorded: '*.pt'\n")
+    (case,) = case_file.read(tmp_path / "cases.yaml", "bf16")
+    return case
+
+
+def test_a_recorded_call_that_is_gone_is_no_call_that_blocks_cannot_express(recorded):
+    kernel = UserKernel("mine", "mine:f", right, 64)
+    assert kernel.expressible(recorded) and not replace(kernel, block_size=48).expressible(recorded)
+    Path(recorded.recorded.file).unlink()
+    with pytest.raises(RecordingError):
+        replace(kernel, block_size=32).expressible(recorded)
+
+
+def test_the_repro_of_a_recorded_call_names_its_file(timed, recorded):
+    with pytest.raises(WrongResult) as error:
+        timed(lambda q, k, v, ranges, **hints: right(q, k, v, ranges, **hints) + 1, case=recorded)
+    lines, names = str(error.value).splitlines(), {}
+    exec("\n".join(line for line in lines if line.startswith("from ")), names)
+    made = next(line for line in lines if line.startswith("state = "))
+    assert eval(made.removeprefix("state = CaseState(").removesuffix(", WallTimer())"), names) == recorded
 
 
 @pytest.mark.parametrize(

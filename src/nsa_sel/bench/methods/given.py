@@ -75,7 +75,7 @@ def _repro(state: CaseState, kernel: UserKernel, core: bool) -> str:
         'import sys; sys.path[:0] = ["", "src"]',
         f"from nsa_sel.bench.methods.contender import CaseState{', packed_as_inputs' if core else ''}",
         "from nsa_sel.bench.suite import gate, kernels",
-        "from nsa_sel.bench.suite.cases import Case",
+        f"from nsa_sel.bench.suite.cases import Case{', Recorded' if state.case.recorded else ''}",
         f"from nsa_sel.bench.timer.timing import {timer}",
         f"(kernel,) = kernels.parse(['{kernel.spec}={kernel.name}'], {takes})",
         f"state = CaseState({state.case!r}, {timer}())",

@@ -165,8 +165,9 @@ def expressible(case: Case, size: int) -> bool:
     """
     if not size or (case.block and case.block % size == 0):
         return True
+    ranges = make_ranges(case)
     try:
-        spans.ranges_to_blocks(make_ranges(case), size, case.S_kv)
+        spans.ranges_to_blocks(ranges, size, case.S_kv)
     except ValueError:
         return False
     return True

@@ -163,8 +163,7 @@ def decide(
     """Apply the min-L rule to saved runs of one GPU; runs may repeat a matrix or hold chunks of it.
 
     matrix: the cases that must be there. own: these in place of a matrix. With neither, what the runs themselves hold:
-    the cases of their file, else the full matrix.
-    kernel: ours, or a user's by its name; of the latter's cases those count that what it takes can express.
+    the cases of their file, else the full matrix. kernel: ours, or a user's; those count that its blocks can express.
 
     Raises: ThresholdError without GPU figures, with planted slow-downs, for runs that differ in GPU, versions or in
         what the kernel is, or for a kernel that is in none of them; RunError for damaged definitions of cases.
@@ -183,16 +182,25 @@ def decide(
     thresholds = []
     for dtype in dtypes:
         expected = cases.matrix(matrix or "full", dtype) if own is None else [c for c in own.cases if c.dtype == dtype]
-        expected = [case for case in expected if expressible(case, size)]
+        expected = [case for case in expected if _expects(case, size, saved, kernel)]
         for launch in LAUNCHES:
             verdicts = judge(expected, saved, launch, kernel)
             for regime in REGIMES:
                 of_regime = tuple(v for v in verdicts if v.regime == regime)
                 if of_regime:
                     thresholds.append(Threshold(regime, launch, dtype, of_regime))
+    if not thresholds:
+        raise ThresholdError(f"{kernel} takes {takes(saved, kernel)}, which expresses none of the cases")
     named = f"matrix `{matrix or 'full'}`" if own is None else f"cases of `{own.name}`"
     date = max(one.run.datetime for one in saved)[:10]
     return Decision(gpu, date, named, tuple(saved), tuple(thresholds), kernel)
+
+
+def _expects(case: Case, size: int, saved: Sequence[Saved], kernel: str) -> bool:
+    """Tell whether a kernel that takes blocks of this size, 0 for ranges, must have a time in the case."""
+    if size and case.recorded is not None:  # its file may lie elsewhere, and was seen where the kernel was measured
+        return any((case.id, kernel) in (*one.extras, *one.not_timed) for one in saved)
+    return expressible(case, size)
 
 
 def regime_of(case: Case) -> str:
