@@ -9,6 +9,7 @@ import contextlib
 import traceback
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -26,6 +27,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     from . import interpreter_bf16  # noqa: F401
+CLONE = Path(__file__).parents[2]
 OUR_FRAMES = (__file__, given_kernel.__file__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SPANS, SPANS_S_KV = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)], 110  # a row out of order, with an empty span
@@ -49,7 +51,8 @@ class Case:
 
     q_factor multiplies q after the draw. view: a key of VIEWS, applied to all four tensors (ranges that become blocks
     excepted). edit: one Python statement on q, k, v, run before the view. scale: None is 1/sqrt(D). hints: whether
-    min_len and max_len are passed. launch: a LaunchConfig to force.
+    min_len and max_len are passed. launch: a LaunchConfig to force. made, kept: where q, k, v and ranges are no draw of
+    the seed, the statements with which a repro makes them, and then keeps the rows of them and `out` that are compared.
     """
 
     ranges: Tensor
@@ -65,6 +68,8 @@ class Case:
     scale: float | None = None
     hints: bool = True
     launch: Any = None
+    made: str = ""
+    kept: str = ""
     row: tuple[int, int, int] | None = None  # keep only this row (b, s, g); with the plain view
 
     @property
@@ -213,12 +218,17 @@ def check(case: Case) -> Tensor:
     verdict = judge(case, out, q, k, v, ranges)
     if not verdict.ok:
         fail(case, verdict.message, smallest_repro(case))
+    keep_record(case, verdict, _launch(case, q, k, v, ranges))
+    return out
+
+
+def keep_record(case: Case, verdict: gate.GateResult, launch: Any) -> None:
+    """Keep a passed comparison for the summary."""
     dtype = str(case.dtype).removeprefix("torch.")
     kernel = given_kernel.under_test.name if given_kernel.under_test else OURS
-    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {_launch(case, q, k, v, ranges)}"
+    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {launch}"
     figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
     RECORDS.append(Record(kernel, dtype, case.label, variant, case.q_factor, *figures))
-    return out
 
 
 def _launch(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Any:
@@ -246,7 +256,7 @@ def smallest_repro(case: Case) -> str:
 
 
 def repro(case: Case) -> str:
-    """Return at most 15 lines that run when pasted in the clone, or beside the wheel, and end in the gate's verdict."""
+    """Return at most 15 lines that run when pasted in the folder of the run, and end in the gate's verdict."""
     ranges = case.ranges
     q_shape, k_shape, v_shape = _shapes(case)
     B, S, G, n_spans, _ = ranges.shape
@@ -258,14 +268,12 @@ def repro(case: Case) -> str:
         keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k{k_part}, v{k_part}"
     scale = "" if case.scale is None else f", scale={case.scale}"
     factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
+    elsewhere = __package__ == "tests.parity" and Path.cwd() != CLONE  # a wheel's tests are found anywhere
+    paths = [str(CLONE / "src"), str(CLONE), "."] if elsewhere else ["src", "."]
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
     viewed = "q, k, v" if _takes_blocks() else "q, k, v, ranges"
     imports, call = _imports_and_call(case)
-    lines = [
-        f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
-        "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
-        "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
-        imports,
+    drawn = [
         f"torch.manual_seed({case.seed})",
         f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
         f"q = q * {case.q_factor}" if case.q_factor != 1 else "",
@@ -274,7 +282,15 @@ def repro(case: Case) -> str:
         f".view({tuple(ranges.shape)})",
         "" if case.view == "plain" else f"{viewed} = map({VIEWS[case.view]}, ({viewed}))",
         keep,
+    ]
+    lines = [
+        f"import os, sys; sys.path[:0] = {paths}{interpreter}",
+        "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
+        "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
+        imports,
+        *([case.made] if case.made else drawn),
         *call,
+        case.kept,
         f"oracle, packed = (f(q, k, v, ranges{scale}) for f in (reference.oracle, reference.packed_sdpa))",
         f"verdict = gate.check(out, oracle, packed, dtype=q.dtype{factor})",
         "assert verdict.ok, verdict.message",
@@ -284,7 +300,8 @@ def repro(case: Case) -> str:
 
 def _imports_and_call(case: Case) -> tuple[str, list[str]]:
     """Return the repro's lines that import the kernel under test and that make `out`."""
-    given = [f"{name}={value}" for name, value in hints(case, tensors(case)[3]).items()]
+    ranges = case.ranges if case.made else tensors(case)[3]
+    given = [f"{name}={value}" for name, value in hints(case, ranges).items()]
     kernel = given_kernel.under_test
     if kernel is None:
         given += [f"launch={case.launch!r}"] if case.launch is not None else []
