@@ -17,8 +17,7 @@ import torch
 
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.suite.chosen import cases_of
-from nsa_sel.bench.suite.kernel_options import kernels_of
-from nsa_sel.bench.suite.kernels import UserKernel
+from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
 from nsa_sel.config import get_config, test_triton_sel
 
 __all__ = ["pytest_benchmark_group_stats"]

@@ -157,7 +157,9 @@ def test_cases_that_its_blocks_cannot_express_are_not_expected(tmp_path):
     data = saved_runs.with_kernel(saved_runs.run(DECODE), "mine", 1.0, takes="blocks:64")
     run = saved(tmp_path, data)
     (rows,) = {t for t in rule.decide([run], kernel="mine").deciding if t.regime == "rows"}
-    assert {v.case.rpartition("-")[2] for v in rows.verdicts} == {"few"} and min(v.L for v in rows.verdicts) == 64
+    layouts = {v.case.rpartition("-")[2] for v in rows.verdicts}
+    assert "few" in layouts and not layouts & {"many", "mixed"}
+    assert min(v.L for v in rows.verdicts) == 64
     assert all("missing" in v.problem for v in rows.verdicts)
 
 
