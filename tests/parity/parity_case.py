@@ -213,12 +213,17 @@ def check(case: Case) -> Tensor:
     verdict = judge(case, out, q, k, v, ranges)
     if not verdict.ok:
         fail(case, verdict.message, smallest_repro(case))
+    keep(case, case.label, verdict, q, k, v, ranges)
+    return out
+
+
+def keep(case: Case, label: str, verdict: gate.GateResult, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> None:
+    """Keep a passed comparison for the summary, under a label."""
     dtype = str(case.dtype).removeprefix("torch.")
     kernel = given_kernel.under_test.name if given_kernel.under_test else OURS
     variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {_launch(case, q, k, v, ranges)}"
     figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
-    RECORDS.append(Record(kernel, dtype, case.label, variant, case.q_factor, *figures))
-    return out
+    RECORDS.append(Record(kernel, dtype, label, variant, case.q_factor, *figures))
 
 
 def _launch(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Any:

@@ -10,7 +10,7 @@ import torch
 from nsa_sel.bench.suite.inputs import TORCH_DTYPES, make_inputs, memory_estimate
 
 from . import given_kernel
-from .parity_case import DEVICE, ON_GPU, Case, judge, run_kernel
+from .parity_case import DEVICE, ON_GPU, Case, judge, keep, run_kernel
 
 ROWS = 512
 INTERPRETER_LIMIT = 2**16  # selected tokens of all rows, which it computes in some 20 seconds
@@ -45,3 +45,4 @@ def test_own_case_triton_sel_parity(sel_case):
     chosen = torch.linspace(0, sel_case.S - 1, min(tokens, sel_case.S)).long().to(DEVICE)
     verdict = judge(case, out[:, chosen], x.q[:, chosen], x.k, x.v, x.ranges[:, chosen])
     assert verdict.ok, f"{sel_case.id}\n{verdict.message}"
+    keep(case, sel_case.id, verdict, x.q, x.k, x.v, x.ranges)
