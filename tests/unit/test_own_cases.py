@@ -52,8 +52,9 @@ def file(tmp_path):
     return path
 
 
-def pytest_run(*arguments) -> subprocess.CompletedProcess:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+def pytest_run(*arguments, path: Path | str = "") -> subprocess.CompletedProcess:
+    """Run pytest on the CPU; path: a folder of plugins."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{path}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
@@ -84,31 +85,39 @@ def test_a_run_that_ended_early_holds_its_cases_too(file, tmp_path):
         "import os\ndef pytest_runtest_logfinish(location):\n    'sdpa_core' in str(location) and os._exit(9)\n"
     )
     options = ("--benchmark-autosave", f"--benchmark-storage={tmp_path}/saved", "--sel-cases", file)
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "stop", "tests/perf", *map(str, options)]
-    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=300).returncode == 9
+    assert pytest_run("-p", "stop", "tests/perf", *options, path=tmp_path).returncode == 9
     (journal,) = (tmp_path / "saved").rglob(f"*{SUFFIX}")
     assert list(rebuilt(runs.load(journal).cases).values()) == case_file.read(file)
 
 
-def test_a_run_of_the_matrix_holds_no_definitions(tmp_path):
+def test_a_run_of_the_matrix_holds_only_the_definitions_that_a_hook_adds(tmp_path):
+    (tmp_path / "hook.py").write_text(
+        "from nsa_sel.bench.suite.cases import rows_case\n"
+        "def pytest_nsa_sel_cases(cases):\n"
+        "    cases.append(rows_case('bf16', 'few', H=4, D=16, Dv=16, L=24, N=4))\n"
+    )
     saved = tmp_path / "run.json"
-    done = pytest_run("tests/perf", "--sel-family=ragged", "--sel-matrix=smoke", f"--benchmark-json={saved}")
+    options = ("--sel-family=ragged", "--sel-matrix=smoke", f"--benchmark-json={saved}")
+    done = pytest_run("-p", "hook", "tests/perf", *options, path=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = runs.load(saved)
-    assert (run.case_file, dict(run.cases)) == ("", {})
+    assert (run.case_file, list(run.cases)) == ("", ["rows-bf16-H4-D16-Dv16-L24-N4-few"])
+    assert len({case for case, _ in run.timings}) == 2
 
 
 def test_parity_runs_the_files_cases_and_skips_what_the_interpreter_cannot_afford(file):
     file.write_text(file.read_text() + "  - {family: rows, distribution: many, H: 4, D: 64, Dv: 64, L: 1024, N: 65}\n")
     done = pytest_run("tests/parity", "--sel-cases", file, "-k", "own_case", "-rs")
     assert "4 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    assert "4 comparisons with Triton's interpreter" in done.stdout
     assert "65 rows of up to 1024 tokens are too large for Triton's interpreter" in done.stdout
 
 
 def test_a_wrong_kernel_fails_on_the_files_cases(file, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text(
+        "import os\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
         "from nsa_sel.kernel import launch\n"
         "right = launch.forward\n"
         "def one_token_less(q, k, v, ranges, **more):\n"
@@ -118,10 +127,7 @@ def test_a_wrong_kernel_fails_on_the_files_cases(file, tmp_path):
         "def pytest_runtest_call(item):\n"
         "    launch.forward = one_token_less\n"
     )
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
-    env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "broken", "tests/parity", "--sel-cases", str(file)]
-    done = subprocess.run([*command, "-k", "own_case"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = pytest_run("-p", "broken", "tests/parity", "--sel-cases", file, "-k", "own_case", path=tmp_path)
     assert "4 failed" in done.stdout and "rows are bad" in done.stdout, done.stdout + done.stderr
 
 

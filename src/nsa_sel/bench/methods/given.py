@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..suite.inputs import memory_estimate
 from ..suite.kernels import UNSUPPORTED, UserKernel
 from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, packed_as_inputs
 
@@ -29,8 +28,6 @@ def prepare(state: CaseState, kernel: UserKernel, core: bool) -> Prepared:
     """
     if state.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         raise NotTimed("no GPU, and TRITON_INTERPRET=1: the interpreter is not timed")
-    if core and state.case.peers:  # elsewhere the case is not begun unless packing fits
-        state.require(memory_estimate(state.case))
     x = packed_as_inputs(state) if core else state.inputs
     if (reason := kernel.unsupported(x.q, x.k, x.v, x.ranges)) is not None:
         raise NotTimed(UNSUPPORTED + reason)
