@@ -49,7 +49,8 @@ class Case:
 
     q_factor multiplies q after the draw. view: a key of VIEWS, applied to all four tensors (ranges that become blocks
     excepted). edit: one Python statement on q, k, v, run before the view. scale: None is 1/sqrt(D). hints: whether
-    min_len and max_len are passed. launch: a LaunchConfig to force.
+    min_len and max_len are passed. launch: a LaunchConfig to force. made, kept: where q, k, v and ranges are no draw of
+    the seed, the statements with which a repro makes them, and then keeps the rows of them and `out` that are compared.
     """
 
     ranges: Tensor
@@ -65,6 +66,8 @@ class Case:
     scale: float | None = None
     hints: bool = True
     launch: Any = None
+    made: str = ""
+    kept: str = ""
     row: tuple[int, int, int] | None = None  # keep only this row (b, s, g); with the plain view
 
     @property
@@ -213,12 +216,17 @@ def check(case: Case) -> Tensor:
     verdict = judge(case, out, q, k, v, ranges)
     if not verdict.ok:
         fail(case, verdict.message, smallest_repro(case))
+    keep_record(case, verdict, _launch(case, q, k, v, ranges))
+    return out
+
+
+def keep_record(case: Case, verdict: gate.GateResult, launch: Any) -> None:
+    """Keep a passed comparison for the summary."""
     dtype = str(case.dtype).removeprefix("torch.")
     kernel = given_kernel.under_test.name if given_kernel.under_test else OURS
-    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {_launch(case, q, k, v, ranges)}"
+    variant = f"{dtype} H{case.H} D{case.D} Dv{case.Dv} {launch}"
     figures = (float(x) for x in (verdict.mae, verdict.max_err, verdict.worst_row_mae_ratio))
     RECORDS.append(Record(kernel, dtype, case.label, variant, case.q_factor, *figures))
-    return out
 
 
 def _launch(case: Case, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Any:
@@ -261,11 +269,7 @@ def repro(case: Case) -> str:
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
     viewed = "q, k, v" if _takes_blocks() else "q, k, v, ranges"
     imports, call = _imports_and_call(case)
-    lines = [
-        f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
-        "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
-        "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
-        imports,
+    drawn = [
         f"torch.manual_seed({case.seed})",
         f'q, k, v = (torch.randn(s).to({case.dtype}).to("{DEVICE}") for s in ({q_shape}, {k_shape}, {v_shape}))',
         f"q = q * {case.q_factor}" if case.q_factor != 1 else "",
@@ -274,7 +278,15 @@ def repro(case: Case) -> str:
         f".view({tuple(ranges.shape)})",
         "" if case.view == "plain" else f"{viewed} = map({VIEWS[case.view]}, ({viewed}))",
         keep,
+    ]
+    lines = [
+        f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
+        "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
+        "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
+        imports,
+        *([case.made] if case.made else drawn),
         *call,
+        case.kept,
         f"oracle, packed = (f(q, k, v, ranges{scale}) for f in (reference.oracle, reference.packed_sdpa))",
         f"verdict = gate.check(out, oracle, packed, dtype=q.dtype{factor})",
         "assert verdict.ok, verdict.message",
@@ -284,7 +296,8 @@ def repro(case: Case) -> str:
 
 def _imports_and_call(case: Case) -> tuple[str, list[str]]:
     """Return the repro's lines that import the kernel under test and that make `out`."""
-    given = [f"{name}={value}" for name, value in hints(case, tensors(case)[3]).items()]
+    ranges = case.ranges if case.made else tensors(case)[3]
+    given = [f"{name}={value}" for name, value in hints(case, ranges).items()]
     kernel = given_kernel.under_test
     if kernel is None:
         given += [f"launch={case.launch!r}"] if case.launch is not None else []

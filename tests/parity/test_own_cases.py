@@ -10,9 +10,12 @@ import torch
 from nsa_sel.bench.suite.inputs import TORCH_DTYPES, make_inputs, memory_estimate
 
 from . import given_kernel
-from .parity_case import DEVICE, ON_GPU, Case, judge, run_kernel
+from .parity_case import DEVICE, ON_GPU, Case, fail, judge, keep_record, run_kernel
 
 ROWS = 512
+MADE = """from nsa_sel.bench.suite import cases, inputs; from nsa_sel.bench.suite.recorded import Recorded
+x = inputs.make_inputs(cases.{!r}, "{}"); q, k, v, ranges = x.q, x.k, x.v, x.ranges"""
+KEPT = "s = torch.linspace(0, {}, {}).long().to(out.device); out, q, ranges = out[:, s], q[:, s], ranges[:, s]"
 INTERPRETER_LIMIT = 2**16  # selected tokens of all rows, which it computes in some 20 seconds
 
 
@@ -37,11 +40,23 @@ def test_own_case_triton_sel_parity(sel_case):
     ours = given_kernel.under_test is None
     if ours and (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
         pytest.skip(f"the Triton kernel cannot run it: {reason}")
-    dtype = TORCH_DTYPES[sel_case.dtype]
-    case = Case(x.ranges.cpu(), sel_case.S_kv, sel_case.H, sel_case.D, sel_case.Dv, dtype)
+    n = min(max(1, ROWS // (sel_case.B * sel_case.G)), sel_case.S)
+    case = Case(
+        x.ranges.cpu(),
+        sel_case.S_kv,
+        sel_case.H,
+        sel_case.D,
+        sel_case.Dv,
+        TORCH_DTYPES[sel_case.dtype],
+        made=MADE.format(sel_case, DEVICE),
+        kept=KEPT.format(sel_case.S - 1, n),
+    )
     out = run_kernel(case, x.q, x.k, x.v, x.ranges)
-    assert not out.isnan().any(), f"{sel_case.id}: NaN in the result, or an element that was never written"
-    tokens = max(1, ROWS // (sel_case.B * sel_case.G))
-    chosen = torch.linspace(0, sel_case.S - 1, min(tokens, sel_case.S)).long().to(DEVICE)
-    verdict = judge(case, out[:, chosen], x.q[:, chosen], x.k, x.v, x.ranges[:, chosen])
-    assert verdict.ok, f"{sel_case.id}\n{verdict.message}"
+    compared = {"torch": torch, "out": out, "q": x.q, "ranges": x.ranges}
+    exec(case.kept, compared)
+    verdict = judge(case, compared["out"], compared["q"], x.k, x.v, compared["ranges"])
+    if out.isnan().any():
+        fail(case, "NaN in the result, or an element that was never written")
+    if not verdict.ok:
+        fail(case, verdict.message)
+    keep_record(case, verdict, "of a case of one's own")

@@ -86,6 +86,10 @@ def in_fp32(q, k, v, ranges, **options):
 """
 NAMES = re.findall(r"^def (\w+)\(q, ", KERNELS, re.MULTILINE)
 WHICH = "rows_without_tokens or padded_widths or number_of_spans or dtype1 and (block_layouts or does_not_see)"
+CASES = """
+cases:
+  - {family: decode, distribution: few, H: 4, D: 128, Dv: 64, L: 64, batch: 1, context: 128}
+"""
 
 
 class Outcome(NamedTuple):
@@ -115,7 +119,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     (folder / "given_kernels.py").write_text(KERNELS)
     kernels = [option for name in NAMES for option in ("--sel-kernel", f"given_kernels:{name}")]
     report = folder / "report.xml"
-    text = run(folder, "-k", WHICH, "--sel-takes", "by_block=blocks:64", f"--junitxml={report}", *kernels)
+    (folder / "cases.yaml").write_text(CASES)
+    own = ["--sel-cases", str(folder / "cases.yaml")]
+    text = run(
+        folder,
+        *own,
+        "-k",
+        f"{WHICH} or own_case",
+        "--sel-takes",
+        "by_block=blocks:64",
+        f"--junitxml={report}",
+        *kernels,
+    )
     assert report.exists(), text
     outcomes: dict[str, list[Outcome]] = {name: [] for name in NAMES}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -156,9 +171,16 @@ def test_a_kernel_that_drops_the_last_token_fails_wherever_there_is_one(finished
     assert all("rows are bad" in said for said in failures(finished.outcomes["drops_last"]))
 
 
-@pytest.mark.parametrize("name", ["drops_last", "unwritten"])
-def test_the_repro_of_a_failure_runs_as_it_is_printed(finished, name):
-    start = finished.text.index(f"from given_kernels import {name} as kernel")
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("drops_last", "rows_without_tokens"),
+        ("unwritten", "block_layouts"),
+        ("drops_last", "own_case_triton_sel_parity"),
+    ],
+)
+def test_the_repro_of_a_failure_runs_as_it_is_printed(finished, name, what):
+    start = finished.text.index(f"from given_kernels import {name} as kernel", finished.text.index(f"{what}[{name}"))
     begin = finished.text.rindex("import os, sys", 0, start)
     repro = finished.text[begin : finished.text.index("verdict.message\n", start)] + "verdict.message\n"
     assert len(repro.splitlines()) <= 15
@@ -213,7 +235,7 @@ def test_a_failure_says_what_the_kernel_did_in_which_case_and_how_to_see_it_agai
     said = failures(finished.outcomes[name])
     assert len(said) > len(finished.outcomes[name]) / 2  # in_fp32 is right in fp32
     for text in said:
-        assert re.search(rf"{name}: b?float\d\d B\d+ S\d+ G1 H\d+ D\d+ Dv\d+ S_kv\d+ spans\d+.*\n{words}", text), text
+        assert re.search(rf"{name}: b?float\d\d B\d+ S\d+ G\d H\d+ D\d+ Dv\d+ S_kv\d+ spans\d+.*\n{words}", text), text
         assert f"from given_kernels import {name} as kernel" in text
 
 
