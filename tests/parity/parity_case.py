@@ -6,9 +6,11 @@ Imports of the kernel stay inside functions: conftest.py must choose between GPU
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -26,6 +28,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     from . import interpreter_bf16  # noqa: F401
+CLONE = Path(__file__).parents[2]
 OUR_FRAMES = (__file__, given_kernel.__file__)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SPANS, SPANS_S_KV = [(2, 11), (30, 47), (20, 21), (60, 95), (13, 13)], 110  # a row out of order, with an empty span
@@ -254,7 +257,7 @@ def smallest_repro(case: Case) -> str:
 
 
 def repro(case: Case) -> str:
-    """Return at most 15 lines that run when pasted in the clone, or beside the wheel, and end in the gate's verdict."""
+    """Return at most 15 lines that run when pasted in the folder of the run, and end in the gate's verdict."""
     ranges = case.ranges
     q_shape, k_shape, v_shape = _shapes(case)
     B, S, G, n_spans, _ = ranges.shape
@@ -266,6 +269,8 @@ def repro(case: Case) -> str:
         keep = f"q, k, v = q[{b}:{b + 1}, {s}:{s + 1}, {g}:{g + 1}], k{k_part}, v{k_part}"
     scale = "" if case.scale is None else f", scale={case.scale}"
     factor = f", logit_factor={case.q_factor}" if case.q_factor != 1 else ""
+    elsewhere = __package__ == "tests.parity" and Path.cwd() != CLONE  # a wheel's tests are found anywhere
+    paths = [str(CLONE / "src"), str(CLONE), "."] if elsewhere else ["src", "."]
     interpreter = "" if ON_GPU else '; os.environ["TRITON_INTERPRET"] = "1"'
     viewed = "q, k, v" if _takes_blocks() else "q, k, v, ranges"
     imports, call = _imports_and_call(case)
@@ -280,7 +285,7 @@ def repro(case: Case) -> str:
         keep,
     ]
     lines = [
-        f'import os, sys; sys.path[:0] = ["src", "."]{interpreter}',
+        f"import os, sys; sys.path[:0] = {json.dumps(paths)}{interpreter}",
         "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
         "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
         imports,
