@@ -6,6 +6,7 @@ Imports of the kernel stay inside functions: conftest.py must choose between GPU
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 import warnings
 from dataclasses import dataclass, replace
@@ -284,7 +285,7 @@ def repro(case: Case) -> str:
         keep,
     ]
     lines = [
-        f"import os, sys; sys.path[:0] = {paths}{interpreter}",
+        f"import os, sys; sys.path[:0] = {json.dumps(paths)}{interpreter}",
         "import torch" if ON_GPU else f"import torch, {__package__}.interpreter_bf16",
         "from nsa_sel import reference, spans; from nsa_sel.bench.suite import gate",
         imports,
