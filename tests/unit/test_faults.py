@@ -23,6 +23,7 @@ from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.saved import storage as saved_storage
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.tune import command as tune_command
+from nsa_sel.config import get_config
 from nsa_sel.errors import KernelFailed
 from nsa_sel.routing import Route
 
@@ -83,6 +84,9 @@ class Broken:
 def broken(monkeypatch):
     from nsa_sel.kernel import launch
 
+    toggles = get_config()
+    if toggles.force_parity:
+        pytest.skip(f"NSA_FORCE_PARITY is on (set by {toggles.sources['force_parity']})")
     kernel = Broken(launch._sel_fwd.arg_names)
     monkeypatch.setattr(launch, "_sel_fwd", kernel)
     monkeypatch.setattr(launch, "INTERPRETED", True)
