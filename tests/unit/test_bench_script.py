@@ -27,6 +27,7 @@ SCRIPT = ROOT / "bench" / "bench_sel_triton.py"
 def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *arguments]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    hidden.pop("TRITON_INTERPRET", None)  # the parity suite sets it, in this process too if it runs both
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=hidden)
 
 
