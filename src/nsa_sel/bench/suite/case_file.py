@@ -213,7 +213,7 @@ def recorded_case(path: Path, name: str = "") -> Case:
         G=G,
         S_kv=call.S_kv,
         name=name,
-        recorded=point_to(path, call),
+        recorded=point_to(path, call, int(lengths.min())),
     )
 
 

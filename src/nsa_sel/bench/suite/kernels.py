@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -100,19 +100,9 @@ class UserKernel:
         blocks = spans.ranges_to_blocks(ranges, self.block_size, k.shape[2])
         return functools.partial(self.function, q, k, v, blocks, block_size=self.block_size, **hints)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ranges: Tensor,
-        *,
-        scale: float | None = None,
-        min_len: int | None = None,
-        max_len: int | None = None,
-    ) -> Tensor:
+    def __call__(self, *tensors: Tensor, **hints: Any) -> Tensor:
         """Run the kernel; the arguments are those of `ready`."""
-        return self.ready(q, k, v, ranges, scale=scale, min_len=min_len, max_len=max_len)()
+        return self.ready(*tensors, **hints)()
 
 
 def add_options(add: Callable[..., object]) -> None:

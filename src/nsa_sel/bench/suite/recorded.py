@@ -48,9 +48,8 @@ class Recorded:
         return call
 
 
-def point_to(path: Path, call: Recording) -> Recorded:
-    """Return the pointer to a call that was read from a file."""
-    shortest = int(spans.lengths(call.ranges, call.S_kv).min())
+def point_to(path: Path, call: Recording, shortest: int) -> Recorded:
+    """Return the pointer to a call that was read from a file, whose shortest row has so many tokens."""
     return Recorded(str(path.absolute()), digest(call), call.ranges.shape[3], shortest)
 
 
