@@ -111,7 +111,7 @@ def _one_for_all(compiled: Any, metadata: tuple[int, int, int]) -> Direct:
     return Direct(utils.launch, head, True, describe, compiled)
 
 
-ADAPTERS = {
+ADAPTERS: dict[tuple[str, ...], Callable[[Any, tuple], Direct]] = {
     ("3", "6"): _per_signature,
     ("3", "7"): _one_for_all,
     ("3", "8"): _one_for_all,
@@ -165,7 +165,8 @@ def _self_test(device: torch.device) -> str | None:
         return torch.full((4, *shape), -1.0, device=device)
 
     want = poisoned()
-    compiled = _probe[(4, 1, 1)](x, None, want, descriptor, *values)
+    arguments: tuple = (x, None, want, descriptor, *values)
+    compiled = _probe[(4, 1, 1)](*arguments)
     for cluster in (1, 2) if major in (9, 10) else (1,):
         direct, got = direct_launch(compiled, cluster), poisoned()
         if direct is None:

@@ -143,7 +143,7 @@ class Plan:
         last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT, *((rounded // 2, rounded) if max_len is None else ())]
         self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
         self.kv_shape = (B, G, D, Dv)
-        self.kv_seen = k.shape, v.shape  # the last that `serves` found to agree
+        self.kv_seen: tuple[tuple[int, ...], ...] = (k.shape, v.shape)  # the last that `serves` found to agree
         self.values = {
             "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
             **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
