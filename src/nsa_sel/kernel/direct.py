@@ -145,8 +145,7 @@ def _probe(
     x = tl.load(x_ptr + offs) if x_desc is None else x_desc.load([0, 0])
     value = x.to(tl.float32) * factor + n
     if RANK:
-        rank = tl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], tl.int32, is_pure=False, pack=1)
-        value += rank
+        value += tl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], tl.int32, is_pure=False, pack=1)
     if none_ptr is None and NAME == "probe":
         tl.store(out_ptr + tl.program_id(0) * ROWS * stride + offs, value)
 
@@ -171,9 +170,9 @@ def _self_test(device: torch.device) -> str | None:
         direct, got = direct_launch(compiled, cluster), poisoned()
         if direct is None:
             return "it asks for scratch memory"
-        described = (None,)
+        described: tuple = (None,)
         if direct.describe is not None:
-            described = direct.describe(x.data_ptr(), *shape, PROBE_COLUMNS, 0)
+            described = direct.describe(x.data_ptr(), PROBE_ROWS, PROBE_COLUMNS, PROBE_COLUMNS, 0)
         arguments = (x.data_ptr(), None, got.data_ptr(), *described, *values)
         stream = torch.cuda.current_stream(device).cuda_stream
         grid = (4 // cluster, 1, 1)
