@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # Triton is imported by the first call that asks for the kern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths.
+# Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths;
+# the few others of a call serve those where another kernel or launch is due.
 _plans: dict[tuple, tuple[SelConfig, list[Plan]]] = {}
 _failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
@@ -56,18 +57,17 @@ def run(
     if key is not None:
         known = _plans.get(key)
         if known is not None and known[0] is get_config():
-            for plan in known[1]:
-                if (k.shape, v.shape) != plan.kv_seen and not plan.serves(k, v):
-                    continue
+            first, kv_shapes = known[1][0], (k.shape, v.shape)
+            plan = first if kv_shapes == first.kv_seen else _serving(known[1], kv_shapes)
+            if plan is not None:
                 try:
                     if not return_lse:
-                        return plan.run(q, k, v, ranges)
+                        return plan.run(q, k, v, ranges, S_kv=kv_shapes[0][2])
                     return _with_lse(plan, q, k, v, ranges)
                 except KernelFailed:  # other pointers, another alignment, another kernel
                     if backend != "auto":
                         raise
                     _plans.pop(key, None)
-                    break
 
     config = config_for_call(config)
     check(q, k, v, ranges, min_len, max_len)
@@ -115,6 +115,14 @@ def _run_triton(
         others = known[1] if known is not None and known[0] is config else []
         remember(_plans, key, (config, [*others, plan]))
     return result
+
+
+def _serving(plans: list[Plan], kv_shapes: tuple) -> Plan | None:
+    """Return the plan that serves K and V of these shapes; None if none does, or if they do not agree."""
+    for plan in plans:
+        if plan.serves(kv_shapes):
+            return plan
+    return None
 
 
 def _with_lse(plan: Plan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:

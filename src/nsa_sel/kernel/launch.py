@@ -143,7 +143,7 @@ class Plan:
         last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT, *((rounded // 2, rounded) if max_len is None else ())]
         self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
         self.kv_shape = (B, G, D, Dv)
-        self.kv_seen: tuple[tuple[int, ...], ...] = (k.shape, v.shape)  # the last that `serves` found to agree
+        self.kv_seen: tuple = (k.shape, v.shape)  # the last that `serves` found to agree
         self.values = {
             "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
             **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
@@ -167,13 +167,13 @@ class Plan:
             return "a load that does without TMA descriptors"
         return "a launch without clusters" if self.config.cluster > 1 and not gpu.has_clusters else None
 
-    def serves(self, k: Tensor, v: Tensor) -> bool:
+    def serves(self, kv_shapes: tuple) -> bool:
         """Tell whether K and V of another S_kv agree with each other and with q, and take the same kernel."""
         B, G, D, Dv = self.kv_shape
-        S_kv = k.shape[2]
-        if not self.above < S_kv <= self.up_to or k.shape != (B, G, S_kv, D) or v.shape != (B, G, S_kv, Dv):
+        S_kv = kv_shapes[0][2]
+        if not self.above < S_kv <= self.up_to or kv_shapes != ((B, G, S_kv, D), (B, G, S_kv, Dv)):
             return False
-        self.kv_seen = k.shape, v.shape
+        self.kv_seen = kv_shapes
         return True
 
     def in_order(self, S_kv: int) -> tuple:
@@ -182,12 +182,19 @@ class Plan:
         return tuple(values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None = None, lse: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        S_kv: int | None = None,
     ) -> Tensor:
         """Launch, and return the result.
 
         out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-        rows' natural-log LSE.
+        rows' natural-log LSE. S_kv: that of K, where the caller has it at hand.
 
         Raises: KernelFailed if the kernel does not compile or start.
         """
@@ -220,7 +227,8 @@ class Plan:
         known = self.direct if lse_at is None else self.direct_lse
         if known is not None and aligned:
             (launch, head, one_tuple, describe, _), before, after = known
-            S_kv = k.shape[2]
+            if S_kv is None:
+                S_kv = k.shape[2]
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
@@ -271,10 +279,7 @@ class Plan:
                 known = direct.direct_launch(compiled, self.config.cluster)
             if known is not None:
                 at = _sel_fwd.arg_names.index("S_kv") - len(TENSOR_ARGS)
-                if lse is None:
-                    self.direct = known, values[:at], values[at + 1 :]
-                else:
-                    self.direct_lse = known, values[:at], values[at + 1 :]
+                setattr(self, "direct" if lse is None else "direct_lse", (known, values[:at], values[at + 1 :]))
             if self.config.cluster > 1:
                 if known is None:
                     raise RuntimeError("it takes scratch memory, which only the public launch provides")
