@@ -106,7 +106,7 @@ def _pack_rows(
                 token += here
                 before += length
     store_l = offs_l < max_len
-    load_l = store_l & (n_tokens > 0)
+    load_l = store_l & (tl.full([BLOCK_L], n_tokens, n_tokens.dtype) > 0)  # as a block: see merge_parts
     token = token.to(tl.int64)
     row_start = row.to(tl.int64) * max_len
     at = offs_l.to(tl.int64)
