@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity_case import DEVICE, has_tma
 
 import nsa_sel
 from nsa_sel import dispatch, reference
 from nsa_sel.bench.suite import gate
 from nsa_sel.kernel.launch_config import LaunchConfig
+
+from .parity_case import DEVICE, has_tma
 
 B, G, H, D, ROOM = 2, 2, 4, 64, 200  # tokens that the cache has room for
 TMA = LaunchConfig("tma", 64, 64, 64, 4, 2)
