@@ -90,7 +90,7 @@ def test_without_max_len_the_launch_follows_the_context_from_power_to_power_of_t
         k, v = CACHE[:, :, :, :t]
         (plan,) = (plan for plan in plans() if plan.serves((k.shape, v.shape)))
         assert plan.config == launch.launch_for(Q, k, v, RANGES)
-    assert sorted(plan.up_to for plan in plans()) == [1024, 2048, 4096]
+    assert sorted(plan.up_to for plan in plans()) == [1023, 2047, 4095]
 
 
 def test_positions_that_pass_32_bits_take_another_kernel_and_back(kernel):

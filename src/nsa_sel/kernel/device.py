@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import direct, tiles
 from .call import Call, Gpu
-from .launch_config import SMALLEST_SHARED_BYTES, next_power_of_2
+from .launch_config import SMALLEST_SHARED_BYTES
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,10 +82,15 @@ def matrix_rows(x: Tensor) -> int:
     return (B - 1) * rows_b + (G - 1) * rows_g + S_kv
 
 
+def stand_in_len(S_kv: int) -> int:
+    """Return what stands in for a max_len that is not known: S_kv rounded down to a power of two, or zero."""
+    return 1 << S_kv.bit_length() >> 1
+
+
 def call_of(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
 ) -> Call:
-    """Return what the launch of these tensors is chosen by: in place of an unknown max_len S_kv, rounded up."""
+    """Return what the launch of these tensors is chosen by; in place of an unknown max_len `stand_in_len` of S_kv."""
     B, S, G, H, D = q.shape
     return Call(
         N=B * S * G,
@@ -93,7 +98,7 @@ def call_of(
         D=D,
         Dv=v.shape[3],
         n_spans=ranges.shape[3],
-        max_len=next_power_of_2(k.shape[2]) if max_len is None else max_len,
+        max_len=stand_in_len(k.shape[2]) if max_len is None else max_len,
         shared_kv=S > 1,
         element_bytes=q.element_size(),
         one_length=max_len is not None and min_len == max_len,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import kernel_failed
 from . import device, direct, launch_config, rules, tuned_table
-from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of, matrix_rows, tma_fits, tma_rows
+from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of, tma_fits
 from .forward import TENSOR_ARGS, _sel_fwd
-from .launch_config import LaunchConfig, next_power_of_2
+from .launch_config import LaunchConfig
 
 try:  # what compiled graphs allocate with: a third of the time of torch.empty
     from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
@@ -135,12 +135,14 @@ class Plan:
         narrow = (2**31 - config.block_l) // max(n_spans, k.stride(2), v.stride(2), 1)
         self.tma = config.load == "tma"
         if self.tma:
-            strides["stride_kb"], strides["stride_kg"] = tma_rows(k) or (0, 0)
-            self.rows_before = matrix_rows(k) - S_kv  # the last group's first token, in K and in V
+            strides["stride_kb"], strides["stride_kg"] = device.tma_rows(k) or (0, 0)
+            self.rows_before = device.matrix_rows(k) - S_kv  # the last group's first token, in K and in V
         self.matrices = (D, k.stride(2)), (Dv, v.stride(2))
-        # S_kv at which another kernel or launch begins: no token, wide offsets, too long for TMA, an unknown max_len.
-        rounded = next_power_of_2(S_kv)
-        last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT, *((rounded // 2, rounded) if max_len is None else ())]
+        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len.
+        stand_in = device.stand_in_len(S_kv)
+        last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT]
+        if max_len is None:
+            last += stand_in - 1, 2 * stand_in - 1
         self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
         self.kv_shape = (B, G, D, Dv)
         self.kv_seen: tuple = (k.shape, v.shape)  # the last that `serves` found to agree
