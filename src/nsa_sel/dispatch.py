@@ -62,7 +62,7 @@ def run(
             if plan is not None:
                 try:
                     if not return_lse:
-                        return plan.run(q, k, v, ranges, S_kv=kv_shapes[0][2])
+                        return plan.run(q, k, v, ranges, None, None, kv_shapes[0][2])
                     return _with_lse(plan, q, k, v, ranges)
                 except KernelFailed:  # other pointers, another alignment, another kernel
                     if backend != "auto":

@@ -228,7 +228,7 @@ class Plan:
             parts, counters = device.workspace(self.device, stream, self.n_counters, self.part_size)
         known = self.direct if lse_at is None else self.direct_lse
         if known is not None and aligned:
-            (launch, head, one_tuple, describe, _), before, after = known
+            launch, head, one_tuple, describe, _, before, after = known
             if S_kv is None:
                 S_kv = k.shape[2]
             parts_at = counters_at = None
@@ -281,7 +281,7 @@ class Plan:
                 known = direct.direct_launch(compiled, self.config.cluster)
             if known is not None:
                 at = _sel_fwd.arg_names.index("S_kv") - len(TENSOR_ARGS)
-                setattr(self, "direct" if lse is None else "direct_lse", (known, values[:at], values[at + 1 :]))
+                setattr(self, "direct" if lse is None else "direct_lse", (*known, values[:at], values[at + 1 :]))
             if self.config.cluster > 1:
                 if known is None:
                     raise RuntimeError("it takes scratch memory, which only the public launch provides")
