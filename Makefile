@@ -1,5 +1,5 @@
 # `make test` on a fresh clone sets up .venv and tests. `make test PY=python3` uses that interpreter and installs nothing.
-.PHONY: test test-oldest parity perf bench soak aot tune decide lint
+.PHONY: test test-oldest test-newest parity perf bench soak aot tune decide lint
 .DEFAULT_GOAL := test
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
@@ -34,6 +34,14 @@ test-oldest:
 	test -e $(OLD)/.installed || { python3 -m venv $(OLD) && \
 	  $(OLD)/bin/python -m pip install --quiet $(OLDEST) setuptools -e '.[bench]' && touch $(OLD)/.installed; }
 	PYTEST_ADDOPTS="-W 'ignore:Conversion of an array:DeprecationWarning'" $(OLD)/bin/python -m pytest -q tests/unit tests/parity
+
+# The same with the newest versions that the index has today; NEWEST names others.
+NEWEST ?= torch triton
+NEW := .venv/newest-$(shell echo '$(NEWEST)' | tr -c 'A-Za-z0-9.\n' '-')
+test-newest:
+	test -e $(NEW)/bin/python || python3 -m venv $(NEW)
+	$(NEW)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(NEWEST) setuptools -e '.[bench]'
+	$(NEW)/bin/python -m pytest -q tests/unit tests/parity
 
 perf: $(INSTALLED)
 	@echo '$(if $(GPU),Timing the full matrix on $(GPU),No NVIDIA GPU: the kernel is not timed. Smoke matrix, references only)'

@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # Triton is imported by the first call that asks for the kern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Calls that were checked and routed to Triton, each with the toggles that held.
-_plans: dict[tuple, tuple[SelConfig, Plan]] = {}
+# Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths;
+# the few others of a call serve those where another kernel or launch is due.
+_plans: dict[tuple, tuple[SelConfig, list[Plan]]] = {}
 _failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
 
@@ -40,13 +41,14 @@ def run(
 ) -> Any:
     """Run one eager call. Arguments, result and errors as of `api.selection_attention`."""
     # The key of a plan: shapes, strides, dtypes and devices of the four tensors, and the arguments that it depends on.
+    # The shapes of K and V are compared with the plan's, which may serve another S_kv too, so that a context may grow.
     # Pointer alignment is looked at when the plan runs.
     key = None
     if config is None and not validate:
         try:
             if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
                 key = (
-                    q.shape, k.shape, v.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
+                    q.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
                     q.dtype, k.dtype, v.dtype, ranges.dtype, q.device, k.device, v.device, ranges.device,
                     scale, backend, min_len, max_len, validate,
                 )  # fmt: skip
@@ -55,14 +57,17 @@ def run(
     if key is not None:
         known = _plans.get(key)
         if known is not None and known[0] is get_config():
-            try:
-                if not return_lse:
-                    return known[1].run(q, k, v, ranges)
-                return _with_lse(known[1], q, k, v, ranges)
-            except KernelFailed:  # other pointers, another alignment, another kernel
-                if backend != "auto":
-                    raise
-                _plans.pop(key, None)
+            first, kv_shapes = known[1][0], (k.shape, v.shape)
+            plan = first if kv_shapes == first.kv_seen else _serving(known[1], kv_shapes)
+            if plan is not None:
+                try:
+                    if not return_lse:
+                        return plan.run(q, k, v, ranges, None, None, kv_shapes[0][2])
+                    return _with_lse(plan, q, k, v, ranges)
+                except KernelFailed:  # other pointers, another alignment, another kernel
+                    if backend != "auto":
+                        raise
+                    _plans.pop(key, None)
 
     config = config_for_call(config)
     check(q, k, v, ranges, min_len, max_len)
@@ -106,8 +111,18 @@ def _run_triton(
     plan = Plan(q, k, v, ranges, scale, min_len, max_len)
     result = _with_lse(plan, q, k, v, ranges) if return_lse else plan.run(q, k, v, ranges)
     if key is not None:
-        remember(_plans, key, (config, plan))
+        known = _plans.get(key)
+        others = known[1] if known is not None and known[0] is config else []
+        remember(_plans, key, (config, [*others, plan]))
     return result
+
+
+def _serving(plans: list[Plan], kv_shapes: tuple) -> Plan | None:
+    """Return the plan that serves K and V of these shapes; None if none does, or if they do not agree."""
+    for plan in plans:
+        if plan.serves(kv_shapes):
+            return plan
+    return None
 
 
 def _with_lse(plan: Plan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:

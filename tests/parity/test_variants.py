@@ -48,7 +48,7 @@ def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
         check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))
 
 
-@pytest.mark.skipif(not has_clusters(), reason="needs thread-block clusters: Triton 3.6 and compute capability 9 or 10")
+@pytest.mark.skipif(not has_clusters(), reason="needs thread-block clusters: Triton 3.6 to 3.9, capability 9 or 10")
 @pytest.mark.parametrize("load", ("gather", "tma"))
 @pytest.mark.parametrize(("splits", "cluster"), ((2, 2), (4, 4), (8, 8), (8, 2), (16, 8), (64, 2), (64, 8)))
 def test_triton_sel_parity_of_clusters(splits, cluster, load):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class Call:
     """Describe a call by everything that its launch may depend on.
 
-    N: rows, B·S·G. H: heads per group. D, Dv: widths. n_spans: spans per row. max_len: L of the longest row in tokens,
-    S_kv where that is not known. shared_kv: several rows of a group attend to the same K and V (S > 1). element_bytes:
-    2 or 4. one_length: every row has max_len tokens. fits_tma: K and V are laid out as TMA descriptors need them.
+    N: rows, B·S·G. H: heads per group. D, Dv: widths. n_spans: spans per row. max_len: L of the longest row in tokens;
+    where that is not known, S_kv rounded down to a power of two. shared_kv: several rows of a group attend to the same
+    K and V (S > 1). element_bytes: 2 or 4. one_length: every row has max_len tokens. fits_tma: K and V are laid out as
+    TMA descriptors need them.
     """
 
     N: int

@@ -1,4 +1,4 @@
-"""What the GPU and this Triton can do, TMA descriptors, and workspaces that calls share."""
+"""What the GPU and this Triton can do, what a call is to them, TMA descriptors, and workspaces that calls share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
-from .call import Gpu
-from .direct import DIRECT_LAUNCH
+from . import direct, tiles
+from .call import Call, Gpu
 from .launch_config import SMALLEST_SHARED_BYTES
 
 try:
@@ -19,6 +18,7 @@ except ImportError:  # Triton before 3.4: no descriptors made on the host, hence
     TensorDescriptor = None
 
 INTERPRETED = tiles.INTERPRETED.value
+MAX_TMA_ROWS = 2**30  # tokens of a row, and rows before the last group's first: their sum is a 32-bit coordinate
 # Zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call whose rows are split takes its own.
 GRAPH_COUNTERS = 1 << 18
 
@@ -36,26 +36,74 @@ def gpu_of(device: torch.device) -> Gpu:
     if device not in _gpus:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            _gpus[device] = Gpu(
+            gpu = Gpu(
                 name=torch.cuda.get_device_name(device),
                 sm_count=properties.multi_processor_count,
                 shared_bytes=getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED_BYTES),
                 has_tma=TensorDescriptor is not None and properties.major >= 9,
-                has_clusters=DIRECT_LAUNCH and properties.major in (9, 10),
+                has_clusters=direct.works(device) and properties.major in (9, 10),
             )
+            if torch.cuda.is_current_stream_capturing():  # what `works` says then does not hold for long
+                return gpu
+            _gpus[device] = gpu
         else:
             only_compiled = device.type == "meta"
             _gpus[device] = Gpu(device.type, 1, SMALLEST_SHARED_BYTES, TensorDescriptor is not None, only_compiled)
     return _gpus[device]
 
 
-def tma_fits(x: Tensor) -> bool:
-    """Tell whether K or V can be seen as one matrix [B·G·S_kv, width] that a TMA descriptor may describe."""
+def tma_rows(x: Tensor) -> tuple[int, int] | None:
+    """Return how many rows lie between batch entries, and between groups, of K or V seen as one matrix of its tokens.
+
+    The matrix holds what lies between them too, such as the rest of a cache of which x is a view. None: there is no
+    such matrix, or a TMA descriptor cannot describe it.
+    """
     B, G, S_kv, width = x.shape
     stride_b, stride_g, stride_t, _ = x.stride()
-    one_matrix = (G == 1 or stride_g == S_kv * stride_t) and (B == 1 or stride_b == G * S_kv * stride_t)
-    aligned = x.data_ptr() % 16 == 0 and stride_t * x.element_size() % 16 == 0 and stride_t >= width
-    return one_matrix and aligned and 0 < B * G * S_kv < 2**31
+    if not x.numel() or x.data_ptr() % 16 or stride_t * x.element_size() % 16 or stride_t < width:
+        return None
+    rows_b, odd_b = divmod(stride_b, stride_t) if B > 1 else (0, 0)
+    rows_g, odd_g = divmod(stride_g, stride_t) if G > 1 else (0, 0)
+    if odd_b or odd_g or max((B - 1) * rows_b + (G - 1) * rows_g, S_kv) > MAX_TMA_ROWS:
+        return None
+    return rows_b, rows_g
+
+
+def tma_fits(k: Tensor, v: Tensor) -> bool:
+    """Tell whether a TMA descriptor may describe K, one may describe V, and a token has the same row in both."""
+    rows = tma_rows(k)
+    return rows is not None and rows == tma_rows(v)
+
+
+def matrix_rows(x: Tensor) -> int:
+    """Return how many rows that matrix has, to the last token."""
+    B, G, S_kv, _ = x.shape
+    rows_b, rows_g = tma_rows(x) or (0, 0)
+    return (B - 1) * rows_b + (G - 1) * rows_g + S_kv
+
+
+def stand_in_len(S_kv: int) -> int:
+    """Return what stands in for a max_len that is not known: S_kv rounded down to a power of two, or zero."""
+    return 1 << S_kv.bit_length() >> 1
+
+
+def call_of(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
+) -> Call:
+    """Return what the launch of these tensors is chosen by; in place of an unknown max_len `stand_in_len` of S_kv."""
+    B, S, G, H, D = q.shape
+    return Call(
+        N=B * S * G,
+        H=H,
+        D=D,
+        Dv=v.shape[3],
+        n_spans=ranges.shape[3],
+        max_len=stand_in_len(k.shape[2]) if max_len is None else max_len,
+        shared_kv=S > 1,
+        element_bytes=q.element_size(),
+        one_length=max_len is not None and min_len == max_len,
+        fits_tma=tma_fits(k, v),
+    )
 
 
 def bind_context() -> None:
@@ -70,8 +118,7 @@ def bind_context() -> None:
 
 def descriptor(x: Tensor, block_l: int, width: int) -> Any:
     """Make the TMA descriptor of K or V for tiles of block_l tokens and `width` columns."""
-    B, G, S_kv, D = x.shape
-    return TensorDescriptor(x, [B * G * S_kv, D], [x.stride(2), 1], [block_l, width])
+    return TensorDescriptor(x, [matrix_rows(x), x.shape[3]], [x.stride(2), 1], [block_l, width])
 
 
 def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import KernelFailed
-from . import device, launch_config, rules, tuned_table
-from .call import Call
-from .device import INTERPRETED, bind_context, descriptor, gpu_of, tma_fits
-from .direct import DIRECT_LAUNCH, direct_launch
+from ..errors import kernel_failed
+from . import device, direct, launch_config, rules, tuned_table
+from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of, tma_fits
 from .forward import TENSOR_ARGS, _sel_fwd
 from .launch_config import LaunchConfig
 
@@ -24,8 +20,8 @@ except ImportError:
     _empty_strided_cuda = None
 
 LOG2_E = 1.4426950408889634
-CACHE_ERRORS = (OSError, EOFError, ImportError, KeyError, ValueError)  # a cache without room or rights, or with damage
 MAX_KEPT = 4096  # plans of a process, and pairs of descriptors of a plan
+MAX_CONTEXT = 2**31 - 1  # tokens of K and V
 
 _launches = 0
 
@@ -51,32 +47,13 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
             return f"{name}={width} is not a multiple of 16 from 16 to {launch_config.MAX_WIDTH}"
     if ranges.shape[3] > launch_config.MAX_SPANS:
         return f"n_spans={ranges.shape[3]} is above {launch_config.MAX_SPANS}"
-    if k.shape[2] >= 2**31:
+    if k.shape[2] > MAX_CONTEXT:
         return f"S_kv={k.shape[2]} does not fit in 31 bits"
     if k.shape[1] > launch_config.MAX_GROUPS:
         return f"G={k.shape[1]} is above {launch_config.MAX_GROUPS}"
     if q.shape[0] * q.shape[1] >= 2**31:
         return f"B*S={q.shape[0] * q.shape[1]} does not fit in 31 bits"
     return None
-
-
-def call_of(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, min_len: int | None = None, max_len: int | None = None
-) -> Call:
-    """Return what the launch of these tensors is chosen by."""
-    B, S, G, H, D = q.shape
-    return Call(
-        N=B * S * G,
-        H=H,
-        D=D,
-        Dv=v.shape[3],
-        n_spans=ranges.shape[3],
-        max_len=k.shape[2] if max_len is None else max_len,
-        shared_kv=S > 1,
-        element_bytes=q.element_size(),
-        one_length=max_len is not None and min_len == max_len,
-        fits_tma=tma_fits(k) and tma_fits(v),
-    )
 
 
 def launch_for(
@@ -113,11 +90,11 @@ def remember(kept: dict[tuple, Any], key: tuple, value: Any) -> Any:
 
 
 class Plan:
-    """Hold everything about a call that its pointers do not change: the launch, the grid and the kernel's arguments.
+    """Hold everything about a call that neither its pointers nor the length of K and V change: launch, grid, arguments.
 
     It serves every call whose four tensors have the same shapes, strides, dtypes and devices, with the same scale and
-    hints. Pointer alignment is looked at in each call. launch: forces a variant, as tests and sweeps do. scale,
-    min_len, max_len: as `selection_attention` takes them.
+    hints, where S_kv may be another as far as `serves` says. Pointer alignment is looked at in each call. launch:
+    forces a variant, as tests and sweeps do. scale, min_len, max_len: as `selection_attention` takes them.
 
     Raises: ValueError if the forced variant cannot run these tensors.
     """
@@ -147,7 +124,7 @@ class Plan:
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         strides = {
-            f"stride_{tensor}{axis}": 0 if x.shape[i] == 1 else x.stride(i)
+            f"stride_{tensor}{axis}": 0 if x.shape[i] == 1 and axis != "t" else x.stride(i)
             for tensor, axes, x in (("q", "bsgh", q), ("k", "bgt", k), ("v", "bgt", v), ("r", "bsgn", ranges))
             for i, axis in enumerate(axes)
         }
@@ -155,18 +132,30 @@ class Plan:
         unit = next(u for u in (16, 8, 1) if all(strides[name] % u == 0 for name in of_values))
         strides |= {name: strides[name] // unit for name in of_values}
         # Positions in a row, to the end of its last tile, and offsets from its first token: 32 bits if those suffice.
-        wide = max(n_spans, k.stride(2), v.stride(2)) * S_kv > 2**31 - config.block_l
+        narrow = (2**31 - config.block_l) // max(n_spans, k.stride(2), v.stride(2), 1)
+        self.tma = config.load == "tma"
+        if self.tma:
+            strides["stride_kb"], strides["stride_kg"] = device.tma_rows(k) or (0, 0)
+            self.rows_before = device.matrix_rows(k) - S_kv  # the last group's first token, in K and in V
+        self.matrices = (D, k.stride(2)), (Dv, v.stride(2))
+        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len.
+        stand_in = device.stand_in_len(S_kv)
+        last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT]
+        if max_len is None:
+            last += stand_in - 1, 2 * stand_in - 1
+        self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
+        self.kv_shape = (B, G, D, Dv)
+        self.kv_seen: tuple = (k.shape, v.shape)  # the last that `serves` found to agree
         self.values = {
             "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
             **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
             **strides,
-            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": wide, "QUERIES": S > 1},
+            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
             **config.constants(H, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
             self.options["maxnreg"] = config.max_registers
-        self.tma = config.load == "tma"
         self.direct: Any = None  # how to launch what is compiled, without and with an LSE
         self.direct_lse: Any = None
         self.descriptors: dict[tuple, tuple] = {}
@@ -176,21 +165,38 @@ class Plan:
         gpu = gpu_of(q.device)
         if problem := self.config.problem(q.shape[4], v.shape[3]):
             return problem
-        if self.config.load == "tma" and not (gpu.has_tma and tma_fits(k) and tma_fits(v)):
+        if self.config.load == "tma" and not (gpu.has_tma and tma_fits(k, v)):
             return "a load that does without TMA descriptors"
         return "a launch without clusters" if self.config.cluster > 1 and not gpu.has_clusters else None
 
-    def in_order(self) -> tuple:
+    def serves(self, kv_shapes: tuple) -> bool:
+        """Tell whether K and V of another S_kv agree with each other and with q, and take the same kernel."""
+        B, G, D, Dv = self.kv_shape
+        S_kv = kv_shapes[0][2]
+        if not self.above < S_kv <= self.up_to or kv_shapes != ((B, G, S_kv, D), (B, G, S_kv, Dv)):
+            return False
+        self.kv_seen = kv_shapes
+        return True
+
+    def in_order(self, S_kv: int) -> tuple:
         """Return the kernel's arguments after the tensors, in the order of its signature."""
-        return tuple(self.values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
+        values = self.values | {"S_kv": S_kv}
+        return tuple(values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor | None = None, lse: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        S_kv: int | None = None,
     ) -> Tensor:
         """Launch, and return the result.
 
         out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-        rows' natural-log LSE.
+        rows' natural-log LSE. S_kv: that of K, where the caller has it at hand.
 
         Raises: KernelFailed if the kernel does not compile or start.
         """
@@ -220,16 +226,25 @@ class Plan:
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(self.device.index)
         if self.config.splits > 1:
             parts, counters = device.workspace(self.device, stream, self.n_counters, self.part_size)
-        direct = self.direct if lse_at is None else self.direct_lse
-        if direct is not None and aligned:
-            launch, head, describe, tail = direct
+        known = self.direct if lse_at is None else self.direct_lse
+        if known is not None and aligned:
+            launch, head, one_tuple, describe, _, before, after = known
+            if S_kv is None:
+                S_kv = k.shape[2]
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
             descriptors = (None, None)
             if describe is not None:
-                descriptors = self.descriptors.get((k_at, v_at)) or self._describe(describe, k, v)
-            launch(*self.grid, stream, *head, *pointers, lse_at, parts_at, counters_at, *descriptors, *tail)
+                descriptors = self.descriptors.get((k_at, v_at, S_kv)) or self._describe(describe, k_at, v_at, S_kv)
+            if one_tuple:
+                arguments = (*pointers, lse_at, parts_at, counters_at, *descriptors, *before, S_kv, *after)
+                launch(*self.grid, stream, *head, arguments)
+            else:
+                launch(
+                    *self.grid, stream, *head,
+                    *pointers, lse_at, parts_at, counters_at, *descriptors, *before, S_kv, *after,
+                )  # fmt: skip
             _launches += 1
             return out
         return self._run_publicly(q, k, v, ranges, out, lse, parts, counters, aligned)
@@ -253,45 +268,33 @@ class Plan:
             bind_context()
             k_desc = descriptor(k, self.config.block_l, self.config.block_d)
             v_desc = descriptor(v, self.config.block_l, self.config.block_dv)
-        values = self.in_order()
+        values = self.in_order(k.shape[2])
         arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *values)
-        direct = None
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
                 compiled = _sel_fwd.warmup(*arguments, grid=self.grid, **self.options)
             else:
                 compiled = _sel_fwd[self.grid](*arguments, **self.options)
                 _launches += 1
-            if DIRECT_LAUNCH and aligned:
-                direct = direct_launch(compiled, values, self.tma, self.config.cluster)
-                if lse is None:
-                    self.direct = direct
-                else:
-                    self.direct_lse = direct
+            known = None
+            if aligned and direct.works(self.device):
+                known = direct.direct_launch(compiled, self.config.cluster)
+            if known is not None:
+                at = _sel_fwd.arg_names.index("S_kv") - len(TENSOR_ARGS)
+                setattr(self, "direct" if lse is None else "direct_lse", (*known, values[:at], values[at + 1 :]))
             if self.config.cluster > 1:
-                if direct is None:
+                if known is None:
                     raise RuntimeError("it takes scratch memory, which only the public launch provides")
                 return self.run(q, k, v, ranges, out, lse)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
-            raise KernelFailed(_why_it_failed(self.config, error)) from error
+            raise kernel_failed(self.config, error) from error
         return out
 
-    def _describe(self, describe: Callable[[Any, int], list], k: Tensor, v: Tensor) -> tuple:
+    def _describe(self, describe: Any, k_at: int, v_at: int, S_kv: int) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
         bind_context()
-        made = (
-            *describe(descriptor(k, self.config.block_l, self.config.block_d), 0),
-            *describe(descriptor(v, self.config.block_l, self.config.block_dv), 1),
-        )
-        return remember(self.descriptors, (k.data_ptr(), v.data_ptr()), made)
-
-
-def _why_it_failed(config: LaunchConfig, error: Exception) -> str:
-    """Say in one line which kernel did not compile, load or start, and where to look."""
-    reason = f"the kernel ({config}) cannot be compiled or started: {type(error).__name__}: {error}"
-    if isinstance(error, CACHE_ERRORS):
-        folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
-        reason += f"; compiled kernels are kept in {folder}: clear it, or set TRITON_CACHE_DIR to a folder with room"
-    return " ".join(reason.split())
+        rows = self.rows_before + S_kv
+        made = *describe(k_at, rows, *self.matrices[0], 0), *describe(v_at, rows, *self.matrices[1], 1)
+        return remember(self.descriptors, (k_at, v_at, S_kv), made)

@@ -87,9 +87,11 @@ def merge_parts(
     acc = tl.zeros([BLOCK_H, offs_v.shape[0]], tl.float32)
     for first in range(0, n_parts, UNROLL):
         m_new = m_i
+        # Compared as blocks: of a scalar's comparison Triton's interpreter makes a mask of integers, which 3.9 refuses.
         for i in tl.static_range(UNROLL):
             m_at = parts_ptr + (first + i) * stride_part + H * WIDTH + offs_h
-            m_part = tl.load(m_at, mask=mask_h & (first + i < n_parts), other=float("-inf"), cache_modifier=".cg")
+            mask_part = mask_h & (tl.full([BLOCK_H], first + i, tl.int32) < n_parts)
+            m_part = tl.load(m_at, mask=mask_part, other=float("-inf"), cache_modifier=".cg")
             m_new = tl.maximum(m_new, m_part)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - shift)
@@ -99,10 +101,10 @@ def merge_parts(
         for i in tl.static_range(UNROLL):
             part_ptr = parts_ptr + (first + i) * stride_part
             m_at = part_ptr + H * WIDTH + offs_h
-            mask_part = first + i < n_parts
-            m_part = tl.load(m_at, mask=mask_h & mask_part, other=float("-inf"), cache_modifier=".cg")
-            l_part = tl.load(m_at + H, mask=mask_h & mask_part, other=0.0, cache_modifier=".cg")
-            part = tl.load(part_ptr + offs, mask=mask & mask_part, other=0.0, cache_modifier=".cg")
+            mask_part = mask_h & (tl.full([BLOCK_H], first + i, tl.int32) < n_parts)
+            m_part = tl.load(m_at, mask=mask_part, other=float("-inf"), cache_modifier=".cg")
+            l_part = tl.load(m_at + H, mask=mask_part, other=0.0, cache_modifier=".cg")
+            part = tl.load(part_ptr + offs, mask=mask & mask_part[:, None], other=0.0, cache_modifier=".cg")
             beta = tl.exp2(m_part - shift)
             acc += part * beta[:, None]
             l_i += l_part * beta

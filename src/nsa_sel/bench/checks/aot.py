@@ -110,7 +110,7 @@ def _source(variant: Variant) -> tuple:
     if plan.tma:
         blocks = (k, config.block_d), (v, config.block_dv)
         descriptors = [descriptor(x, config.block_l, width) for x, width in blocks]
-    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.in_order())
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.in_order(S_kv))
 
     signature, constants, attributes = {}, {}, {}
     for param, value in zip(_sel_fwd.params, arguments, strict=True):

@@ -7,7 +7,6 @@ Source: docs/measuring.md, "Scopes".
 
 # No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...kernel.device import gpu_of
-from ...kernel.direct import DIRECT_LAUNCH, direct_launch
+from ...kernel.direct import Direct, direct_launch, works
 from ...kernel.launch import remember
 from ...kernel.launch_config import span_bucket
 from ...kernel.tiles import load_spans
@@ -107,7 +106,7 @@ def _pack_rows(
                 token += here
                 before += length
     store_l = offs_l < max_len
-    load_l = store_l & (n_tokens > 0)
+    load_l = store_l & (tl.full([BLOCK_L], n_tokens, n_tokens.dtype) > 0)  # as a block: see merge_parts
     token = token.to(tl.int64)
     row_start = row.to(tl.int64) * max_len
     at = offs_l.to(tl.int64)
@@ -179,21 +178,25 @@ class Launch:
             D, Dv, unit, n_spans * S_kv >= 2**31 - block_l, min(D & -D, WIDEST_COPY), min(Dv & -Dv, WIDEST_COPY),
             block_l, span_bucket(n_spans), MASKED,
         )  # fmt: skip
-        self.direct: Any = None
+        self.direct: Direct | None = None
 
     def run(self, k: Tensor, v: Tensor, ranges: Tensor, k_rows: Tensor, v_rows: Tensor, mask: Tensor | None) -> None:
         aligned_all = not (k.data_ptr() | v.data_ptr() | ranges.data_ptr()) & 15
         if self.direct is not None and aligned_all:
-            launch, head, _, values = self.direct
-            launch(
-                *self.grid, torch._C._cuda_getCurrentRawStream(k.device.index), *head,
+            launch, head, one_tuple, _, _ = self.direct
+            arguments = (
                 k.data_ptr(), v.data_ptr(), ranges.data_ptr(), k_rows.data_ptr(), v_rows.data_ptr(),
-                None if mask is None else mask.data_ptr(), *values,
+                None if mask is None else mask.data_ptr(), *self.values,
             )  # fmt: skip
+            stream = torch._C._cuda_getCurrentRawStream(k.device.index)
+            if one_tuple:
+                launch(*self.grid, stream, *head, arguments)
+            else:
+                launch(*self.grid, stream, *head, *arguments)
             return
         compiled = _pack_rows[self.grid](k, v, ranges, k_rows, v_rows, mask, *self.values, num_warps=NUM_WARPS)
-        if DIRECT_LAUNCH and aligned_all:
-            self.direct = direct_launch(compiled, self.values, tma=False)
+        if aligned_all and works(k.device):
+            self.direct = direct_launch(compiled)
 
 
 _launches: dict[tuple, Launch] = {}
