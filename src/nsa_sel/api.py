@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import dispatch, ops
+from . import arguments, dispatch, ops
 from .config import SelConfig, config_for_call
 from .routing import Route
 
@@ -47,9 +47,12 @@ def selection_attention(
         torch.cuda.OutOfMemoryError: packing needs more memory than there is; the message names the size.
     Source: NSA (arXiv 2502.11089), section 3.3.2.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ops.traced(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
-    return dispatch.run(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    result = dispatch.run(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    if result is NotImplemented:
+        return ops.dispatched(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    return result
 
 
 def choose_route(
@@ -67,5 +70,6 @@ def choose_route(
 
     Raises: as `selection_attention`.
     """
-    dispatch.check(q, k, v, ranges, min_len, max_len)
+    _, min_len, max_len = arguments.numbers(None, min_len, max_len)
+    arguments.check(q, k, v, ranges, min_len, max_len)
     return dispatch.route(q, k, v, ranges, backend, config_for_call(config), max_len)
