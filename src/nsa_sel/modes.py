@@ -47,8 +47,9 @@ def needs_derivative(*tensors: Tensor) -> bool:
     """Tell whether the result must carry a derivative, backward or forward, with respect to one of the tensors.
 
     Inside a transform of torch.func that takes derivatives it must: of its tensors nothing better can be told.
+    torch.jit.trace compares what it recorded with a second trace, in which gradients are off.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if (torch.is_grad_enabled() or tracing()) and any(x.requires_grad for x in tensors):
         return True
     if torch.compiler.is_compiling():
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -74,8 +75,11 @@ def dispatched(
     Raises: TypeError for a tensor subclass that has no rule for the operation; ValueError for a config argument.
     """
     scale, min_len, max_len = numbers = arguments.numbers(scale, min_len, max_len)
-    if not modes.tracing():  # for which every size read is a constant; the op checks
-        arguments.check(q, k, v, ranges, min_len, max_len)
+    if modes.tracing():
+        with warnings.catch_warnings():  # a trace holds for its sizes, which torch.jit.trace warns of one by one
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return _seen(q, k, v, ranges, numbers, backend, config, validate, return_lse)
+    arguments.check(q, k, v, ranges, min_len, max_len)
     if sharded.is_sharded(q, k, v, ranges):
 
         def call(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Any:
@@ -84,10 +88,7 @@ def dispatched(
 
         return sharded.run_on_shards(call, q, k, v, ranges)
     try:
-        if modes.needs_derivative(q, k, v):
-            return dispatch.run_anew(q, k, v, ranges, numbers, backend, config, validate, return_lse)
-        _refuse(config)
-        out, lse = _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse)
+        return _seen(q, k, v, ranges, numbers, backend, config, validate, return_lse)
     except (NotImplementedError, TypeError) as error:
         for name, x in (("q", q), ("k", k), ("v", v), ("ranges", ranges)):
             if type(x) not in modes.PLAIN:
@@ -96,6 +97,25 @@ def dispatched(
                     f"{_selection_attention._qualname}: {error}"
                 ) from error
         raise
+
+
+def _seen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    numbers: tuple[float | None, int | None, int | None],
+    backend: str,
+    config: Any,
+    validate: bool | None,
+    return_lse: bool,
+) -> Any:
+    """Run the custom op, or, where a derivative is needed, an SDPA form."""
+    if modes.needs_derivative(q, k, v):
+        return dispatch.run_anew(q, k, v, ranges, numbers, backend, config, validate, return_lse)
+    _refuse(config)
+    scale, min_len, max_len = numbers
+    out, lse = _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse)
     return (out, lse) if return_lse else out
 
 

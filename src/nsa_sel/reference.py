@@ -223,11 +223,13 @@ def length_bounds(ranges: Tensor, S_kv: int) -> tuple[int, int]:
     if L.numel() == 0:
         return 0, 0
     if modes.tracing():
-        raise UnsupportedError(f"max_len: {_NO_LENGTHS} while a trace is recorded")
+        raise UnsupportedError(f"max_len: {_NO_LENGTHS}: a trace is recorded")
     try:
         shortest, longest = torch.stack(torch.aminmax(L)).tolist()
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(f"max_len: {_NO_LENGTHS}: {error}") from error
+    if isinstance(longest, torch.SymInt):
+        raise UnsupportedError(f"max_len: {_NO_LENGTHS}: they are symbols")
     return shortest, longest
 
 
