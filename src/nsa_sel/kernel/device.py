@@ -105,9 +105,9 @@ def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int)
 
 
 def _lasting(device: torch.device, n_floats: int, n_counters: int) -> tuple[Tensor, Tensor]:
-    """Make room and zeroed counters outside any CUDA graph's pool, in which nothing may stay that the graph returns not.
+    """Make room for partial results and zeroed counters, in no CUDA graph's pool: what stays may not lie there.
 
-    torch.compile warms its graphs up with the memory of this thread, or stream, taken from their pool: hence another
+    While torch.compile warms a graph up, memory for this thread, or stream, comes from the graph's pool: hence another
     thread, which has the default stream. What it makes is there for every stream.
     """
 
