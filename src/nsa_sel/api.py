@@ -37,8 +37,9 @@ def selection_attention(
     scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`); "triton", "packed_sdpa" and "masked_sdpa" run
     or raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
     validate: check ranges and hints, at the cost of a sync; None: as the toggle NSA_SEL_VALIDATE says.
-    return_lse: return the pair (result, natural-log LSE of every row and head, fp32 [B, S, G, H], -inf where L = 0);
-    only the Triton kernel computes it.
+    return_lse: return the pair (result, natural-log LSE of every row and head, fp32 [B, S, G, H], -inf where L = 0).
+    The three numbers may be of any type, a 0-d CPU tensor too. Autocast does not change the operation. What else
+    PyTorch may do around a call: docs/modes.md.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a toggle.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def is_sharded(*tensors: Any) -> bool:
-    """Tell whether one of them is a DTensor, without importing torch.distributed."""
-    return any(type(x).__name__ == "DTensor" for x in tensors)
+    """Tell whether one of them is a DTensor of torch 2.5 or newer, without importing torch.distributed."""
+    return any(f"{type(x).__module__}.{type(x).__name__}" == "torch.distributed.tensor.DTensor" for x in tensors)
 
 
 def run_on_shards(call: Callable[..., Any], q: Any, k: Any, v: Any, ranges: Any) -> Any:

@@ -20,6 +20,7 @@ from mode_case import (
 )
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_sel import UnsupportedError, reference
 
@@ -221,6 +222,24 @@ def test_gradients_of_keys_that_many_rows_share_are_summed_in_fp32(dtype):
     for name, mine, exact in zip("qkv", got, want, strict=True):
         error = float((mine.double() - exact).norm() / exact.norm())
         assert mine.dtype == dtype and error <= 4e-3, f"d{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_sum_over_rows_is_told_to_be_fp32(dtype):
+    """On a CPU torch sums in fp32 by itself, and accuracy alone would not tell."""
+    dtypes = []
+
+    class Records(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "scatter_add" in str(func):
+                dtypes.append(args[3].dtype)
+            return func(*args, **(kwargs or {}))
+
+    leaves = [x.requires_grad_() for x in inputs(dtype)[:3]]
+    out = reference.packed_sdpa(*leaves, inputs()[3])
+    with Records():
+        torch.autograd.grad(out.sum(), leaves)
+    assert dtypes == [torch.float32] * 2
 
 
 @each_differentiable
