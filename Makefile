@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 PARALLEL = $(if $(GPU),,$(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile --benchmark-disable'))
 
 test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it is kept
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity tests/modes
 	$(PY) -m pytest -q tests/perf --sel-matrix smoke
 
 parity: $(INSTALLED)
@@ -33,7 +33,7 @@ OLD := .venv/oldest-$(shell echo '$(OLDEST)' | tr -c 'A-Za-z0-9.\n' '-')
 test-oldest:
 	test -e $(OLD)/.installed || { python3 -m venv $(OLD) && \
 	  $(OLD)/bin/python -m pip install --quiet $(OLDEST) setuptools -e '.[bench]' && touch $(OLD)/.installed; }
-	PYTEST_ADDOPTS="-W 'ignore:Conversion of an array:DeprecationWarning'" $(OLD)/bin/python -m pytest -q tests/unit tests/parity
+	PYTEST_ADDOPTS="-W 'ignore:Conversion of an array:DeprecationWarning'" $(OLD)/bin/python -m pytest -q tests/unit tests/parity tests/modes
 
 # The same with the newest versions that the index has today; NEWEST names others.
 NEWEST ?= torch triton
@@ -49,7 +49,7 @@ perf: $(INSTALLED)
 
 # On an NVIDIA GPU, under 10 minutes: memory safety, races, numerics, load, faults; figures at the end. Skipped without one.
 soak: $(INSTALLED)
-	timeout --signal=INT --kill-after=30 600 $(PY) -m pytest -q -rs tests/soak tests/parity/test_numerics.py
+	timeout --signal=INT --kill-after=30 600 $(PY) -m pytest -q -rs tests/soak tests/modes tests/parity/test_numerics.py
 
 bench: $(INSTALLED)
 	@marker=$$(mktemp); \

@@ -4,6 +4,7 @@ from . import reference, spans
 from .api import choose_route, selection_attention
 from .config import ConfigError, SelConfig
 from .errors import UnsupportedError
+from .parts import merge
 from .recording import record
 from .routing import Route
 
@@ -15,6 +16,7 @@ __all__ = [
     "SelConfig",
     "UnsupportedError",
     "choose_route",
+    "merge",
     "record",
     "reference",
     "selection_attention",

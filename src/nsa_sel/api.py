@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import dispatch, ops
+from . import arguments, dispatch, ops
 from .config import SelConfig, config_for_call
 from .routing import Route
 
@@ -37,8 +37,9 @@ def selection_attention(
     scale: 1/sqrt(D) if None. backend: "auto" routes (see `choose_route`); "triton", "packed_sdpa" and "masked_sdpa" run
     or raise. min_len, max_len: the shortest and the longest row's L in tokens; with both no device sync happens.
     validate: check ranges and hints, at the cost of a sync; None: as the toggle NSA_SEL_VALIDATE says.
-    return_lse: return the pair (result, natural-log LSE of every row and head, fp32 [B, S, G, H], -inf where L = 0);
-    only the Triton kernel computes it.
+    return_lse: return the pair (result, natural-log LSE of every row and head, fp32 [B, S, G, H], -inf where L = 0).
+    The three numbers may be of any type, a 0-d CPU tensor too. Autocast does not change the operation. What else
+    PyTorch may do around a call: docs/modes.md.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what it is and what is expected; ConfigError for a toggle.
@@ -47,9 +48,12 @@ def selection_attention(
         torch.cuda.OutOfMemoryError: packing needs more memory than there is; the message names the size.
     Source: NSA (arXiv 2502.11089), section 3.3.2.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return ops.traced(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
-    return dispatch.run(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    result = dispatch.run(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    if result is NotImplemented:
+        return ops.dispatched(q, k, v, ranges, scale, backend, config, min_len, max_len, validate, return_lse)
+    return result
 
 
 def choose_route(
@@ -67,5 +71,6 @@ def choose_route(
 
     Raises: as `selection_attention`.
     """
-    dispatch.check(q, k, v, ranges, min_len, max_len)
+    _, min_len, max_len = arguments.numbers(None, min_len, max_len)
+    arguments.check(q, k, v, ranges, min_len, max_len)
     return dispatch.route(q, k, v, ranges, backend, config_for_call(config), max_len)

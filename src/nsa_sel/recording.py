@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import arguments, ops
 from .config import get_config
 from .errors import UnsupportedError
 
@@ -71,7 +71,7 @@ def record(
         ops.refuse_record(q)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError("nsa_sel.record: cannot run while a CUDA graph is captured; record from an eager call")
-    dispatch.check(q, k, v, ranges, None, None)
+    arguments.check(q, k, v, ranges, None, None)
     folder, limit = Path(folder), get_config().sel_record
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, limit + 1):
@@ -140,7 +140,7 @@ def _check(call: Recording) -> None:
         value = getattr(call, name)
         if type(value) is not int or value < (0 if name == "S_kv" else 1):
             raise ValueError(f"{name}: value is {value!r}, expected a whole number")
-    if call.dtype not in (known := [str(dtype).removeprefix("torch.") for dtype in dispatch.DTYPES]):
+    if call.dtype not in (known := [str(dtype).removeprefix("torch.") for dtype in arguments.DTYPES]):
         raise ValueError(f"dtype: value is {call.dtype!r}, expected one of {', '.join(known)}")
     if call.scale is not None and not (type(call.scale) in (int, float) and abs(call.scale) < float("inf")):
         raise ValueError(f"scale: value is {call.scale!r}, expected a finite number or None")
@@ -157,4 +157,4 @@ def _check(call: Recording) -> None:
             found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: is {found}, expected {dtype} {expected[name]}")
     like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in expected.items()}
-    dispatch.check(**like, ranges=call.ranges.to("meta"), min_len=None, max_len=None)
+    arguments.check(**like, ranges=call.ranges.to("meta"), min_len=None, max_len=None)

@@ -9,7 +9,10 @@ Source: NSA (arXiv 2502.11089), section 3.3.2, token selection.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from . import modes
 
 
 def clamp(ranges: Tensor, S_kv: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +50,8 @@ def token_index(ranges: Tensor, S_kv: int, max_len: int, *, ragged: bool = True)
     else:
         # In the packed row span j sits at stops[j] - length, so token = place + ends[j] - stops[j].
         shift = ends - stops
-        if torch.compiler.is_compiling():  # searchsorted does not fuse, and its code generation fails for small L
+        # searchsorted does not fuse, its code generation fails for small L, and torch.func has no rule for it.
+        if torch.compiler.is_compiling() or modes.transformed():
             jump = torch.diff(shift, dim=-1)
             index = (
                 spot
@@ -109,19 +113,33 @@ def varlen_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Te
     return q[None, :, None], k[None, None], v[None, None], ranges
 
 
-def block_ranges(blocks: Tensor, block_size: int, context: int | Tensor) -> Tensor:
+def block_ranges(
+    blocks: Tensor, block_size: int, context: int | Tensor, *, offset: int | Tensor = 0, unique: bool = False
+) -> Tensor:
     """Turn selected block numbers into ranges clamped to the context: the decode and causal prefill layouts of NSA.
 
     blocks int [B, S, G, n_spans]: block b becomes [b·block_size, min((b+1)·block_size, context)); b < 0: an empty span.
     context: tokens that a row may see (t, or t+1 counting the query's own), an int or a tensor that broadcasts.
-    Returns ranges int32 [B, S, G, n_spans, 2].
+    offset: the token of one long K/V at which each row's own sequence begins, added to both ends; as context.
+    unique: a block that a row names twice counts once, as in several other kernels; else twice, as packing makes it.
+    Returns ranges int32 [B, S, G, n_spans, 2]. No device sync.
     """
+    chosen = blocks >= 0
+    if unique:
+        chosen = chosen & ~_named_before(blocks)
     starts = blocks.long() * block_size
     ends = starts + block_size
-    limit = torch.as_tensor(context, device=blocks.device)
-    starts, ends = torch.minimum(starts, limit), torch.minimum(ends, limit)
-    chosen = blocks >= 0
+    # A number stays one: a tensor made of it would be copied to the device, which a CUDA graph cannot capture.
+    limit, first = (x if isinstance(x, int) else torch.as_tensor(x, device=blocks.device) for x in (context, offset))
+    starts, ends = starts.clamp(max=limit) + first, ends.clamp(max=limit) + first
     return torch.stack((torch.where(chosen, starts, 0), torch.where(chosen, ends, 0)), dim=-1).int()
+
+
+def _named_before(blocks: Tensor) -> Tensor:
+    """Tell of each block number whether its row names it already: bool of the same shape."""
+    in_order, at = blocks.sort(dim=-1, stable=True)
+    again = F.pad(in_order[..., 1:] == in_order[..., :-1], (1, 0))
+    return torch.zeros_like(again).scatter(-1, at, again)
 
 
 def ranges_to_blocks(ranges: Tensor, block_size: int, S_kv: int) -> Tensor:

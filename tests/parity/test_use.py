@@ -44,11 +44,13 @@ def test_triton_sel_parity_of_the_lse(case):
     torch.testing.assert_close(lse.double(), want, rtol=0, atol=2e-3)
 
 
-def test_triton_sel_parity_no_other_backend_gives_the_lse():
-    q, k, v, ranges = inputs = tensors(CASES[0])
-    call(CASES[0], inputs)()
-    with pytest.raises(nsa_sel.UnsupportedError, match="return_lse: value is True"):
-        nsa_sel.selection_attention(q, k, v, ranges, backend="packed_sdpa", return_lse=True)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ("packed_sdpa", "masked_sdpa"))
+def test_triton_sel_parity_of_the_lse_with_every_other_backend(case, backend):
+    q, k, v, ranges = inputs = tensors(case)
+    _, lse = call(case, inputs, return_lse=True)()
+    _, other = nsa_sel.selection_attention(q, k, v, ranges, backend=backend, return_lse=True)
+    torch.testing.assert_close(lse, other, rtol=0, atol=2e-3)
 
 
 def test_triton_sel_parity_of_one_plan_with_and_without_the_lse(monkeypatch):

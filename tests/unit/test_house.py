@@ -15,10 +15,11 @@ PACKAGE = Path(nsa_sel.__file__).parent
 MOST_LINES, MOST_PARAMETERS = 300, 12
 # A room may import those to its left, and what those may import.
 ORDER = """
-    errors config spans < routing reference
-    errors < kernel
-    routing reference kernel < dispatch < ops < api < __init__ < bench < __main__
-    dispatch ops config < recording < __init__
+    errors config arguments modes < spans < routing reference
+    errors < kernel < parts
+    routing reference parts < dispatch < ops < api < __init__ < bench < __main__
+    sharded < ops
+    arguments ops config < recording < __init__
 """
 BENCH_ORDER = """
     tables < saved

@@ -109,10 +109,10 @@ FAULTS = [
         "tests/unit/test_spans.py::test_every_pair_of_spans_over_four_tokens",
     ),
     Fault(
-        "packed SDPA is causal, so that its one query sees key 0 alone",
+        "SDPA is causal, so that one query of packed rows sees key 0 alone",
         "reference.py",
-        "attn_mask=mask, scale=scale)[:, 0]\n    return torch.where",
-        "is_causal=True, scale=scale)[:, 0]\n    return torch.where",
+        "attn_mask=attn_mask, scale=scale)\n    return out",
+        "is_causal=True, scale=scale)\n    return out",
         "tests/unit/test_reference.py::test_both_sdpa_forms_pass_the_gate",
     ),
     Fault(

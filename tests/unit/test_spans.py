@@ -228,6 +228,30 @@ def test_block_ranges_are_blocks_cut_at_the_context():
             assert [list(range(*span)) for span in ranges[b, 0, 0].tolist()] == expected
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_block_ranges_begin_where_the_sequence_of_their_row_does(dtype):
+    blocks = torch.tensor([[0, 2, -1], [1, 5, 0]], dtype=dtype).view(1, 2, 1, 3)
+    context = torch.tensor([41, 20]).view(1, 2, 1, 1)
+    for offset, firsts in ((torch.tensor([100, 7]).view(1, 2, 1, 1), (100, 7)), (9, (9, 9)), (0, (0, 0))):
+        ranges = spans.block_ranges(blocks, 16, context, offset=offset)
+        assert ranges.dtype == torch.int32
+        for s, (first, limit) in enumerate(zip(firsts, (41, 20), strict=True)):
+            for span, n in zip(ranges[0, s, 0].tolist(), blocks[0, s, 0].tolist(), strict=True):
+                inside = [t for t in range(16 * n, 16 * n + 16) if 0 <= t < limit]
+                assert list(range(*span)) == [first + t for t in inside]
+
+
+@given(st.lists(st.integers(-2, 5), max_size=9))
+def test_a_block_that_a_row_names_twice_counts_once_if_asked_for(named):
+    blocks = torch.tensor(named, dtype=torch.int32).view(1, 1, 1, -1).expand(2, 3, 1, -1)
+    first_only = [n if n not in named[:i] else -1 for i, n in enumerate(named)]
+    want = spans.block_ranges(torch.tensor(first_only, dtype=torch.int32).view(1, 1, 1, -1).expand(2, 3, 1, -1), 4, 21)
+    assert torch.equal(spans.block_ranges(blocks, 4, 21, unique=True), want)
+    twice = spans.block_ranges(blocks, 4, 21)
+    tokens = [t for n in named if n >= 0 for t in range(4 * n, 4 * n + 4) if t < 21]
+    assert spans.lengths(twice, 21)[0, 0, 0].item() == len(tokens)
+
+
 @pytest.mark.parametrize("context", (0, 41))
 def test_a_block_that_was_not_selected_is_an_empty_span_of_every_context(context):
     ranges = spans.block_ranges(torch.tensor([-1, -7]).view(1, 1, 1, 2), 16, context)

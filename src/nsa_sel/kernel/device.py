@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int)
     made. Where none or too few are left the graph itself makes its zeros, at the cost of one more kernel a replay.
     """
     if device.type != "cuda":
-        return torch.empty(n_floats, dtype=torch.float32), torch.zeros(n_counters, dtype=torch.int32)
+        parts = torch.empty(n_floats, dtype=torch.float32, device=device)
+        return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         parts = torch.empty(n_floats, dtype=torch.float32, device=device)
         with _graph_lock:
@@ -140,10 +142,28 @@ def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int)
         return parts, torch.zeros(n_counters, dtype=torch.int32, device=device)
     known = _workspaces.get((device.index, stream))
     if known is None or known[0].numel() < n_floats or known[1].numel() < n_counters:
-        parts = torch.empty(max(n_floats, 1 << 20), dtype=torch.float32, device=device)
-        counters = torch.zeros(max(n_counters, 1 << 10), dtype=torch.int32, device=device)
-        known = _workspaces[device.index, stream] = parts, counters
+        known = _lasting(device, max(n_floats, 1 << 20), max(n_counters, 1 << 10))
+        for x in known:  # so that its memory, once a larger one takes its place, waits for the calls that use it
+            x.record_stream(torch.cuda.current_stream(device))
+        _workspaces[device.index, stream] = known
         if device.index not in _graph_counters:
-            _graph_counters[device.index] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()  # zeros on every stream from here on
+            _graph_counters[device.index] = _lasting(device, 0, GRAPH_COUNTERS)[1]
     return known
+
+
+def _lasting(device: torch.device, n_floats: int, n_counters: int) -> tuple[Tensor, Tensor]:
+    """Make room for partial results and zeroed counters, in no CUDA graph's pool: what stays may not lie there.
+
+    While torch.compile warms a graph up, memory for this thread, or stream, comes from the graph's pool: hence another
+    thread, which has the default stream. What it makes is there for every stream.
+    """
+
+    def make() -> tuple[Tensor, Tensor]:
+        with torch.cuda.device(device):
+            parts = torch.empty(n_floats, dtype=torch.float32, device=device)
+            counters = torch.zeros(n_counters, dtype=torch.int32, device=device)
+            torch.cuda.current_stream().synchronize()
+        return parts, counters
+
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(make).result()

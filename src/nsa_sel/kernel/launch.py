@@ -45,8 +45,6 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str |
     for name, width in (("D", D), ("Dv", Dv)):
         if width % 16 or not 16 <= width <= launch_config.MAX_WIDTH:
             return f"{name}={width} is not a multiple of 16 from 16 to {launch_config.MAX_WIDTH}"
-    if ranges.shape[3] > launch_config.MAX_SPANS:
-        return f"n_spans={ranges.shape[3]} is above {launch_config.MAX_SPANS}"
     if k.shape[2] > MAX_CONTEXT:
         return f"S_kv={k.shape[2]} does not fit in 31 bits"
     if k.shape[1] > launch_config.MAX_GROUPS:

@@ -1,0 +1,70 @@
+"""torch.compile(mode="reduce-overhead") as the first thing that a process does, with a workspace that grows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mode_case import needs_gpu
+
+import nsa_sel
+
+COLD = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, nsa_sel
+from nsa_sel import reference
+for B, T, n in ((1, 4096, 16), (2, 65536, 16), (8, 65536, 16), (40, 8192, 16)):
+    torch.manual_seed(B)
+    q = torch.randn(B, 1, 4, 16, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(B, 4, T, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    starts = torch.arange(n, device="cuda") * (T // n)
+    ranges = torch.stack((starts, starts + 64), -1).expand(B, 1, 4, n, 2).contiguous()
+    lengths = {"min_len": 64 * n, "max_len": 64 * n}
+
+    def model(q, k, v, ranges):
+        return nsa_sel.selection_attention(q * 1, k, v, ranges, backend="triton", **lengths) + 0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for turn in range(6):
+        q.normal_()
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(q, k, v, ranges).clone()
+        error = float((out.double() - reference.oracle(q, k, v, ranges)).abs().max())
+        assert error <= 2e-2, (B, turn, error)
+    eager = nsa_sel.selection_attention(q, k, v, ranges, backend="triton", **lengths)
+    assert torch.equal(eager, out), B
+"""
+
+
+@needs_gpu
+def test_a_cold_process_whose_workspace_grows():
+    env = os.environ | {"PYTHONPATH": str(Path(nsa_sel.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", COLD], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@needs_gpu
+def test_a_workspace_that_is_replaced_waits_for_the_calls_that_use_it():
+    """Many calls on a side stream use a workspace; a larger one takes its place; new memory is written at once."""
+    import torch
+
+    from nsa_sel.kernel import device
+
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        parts, counters = device.workspace(gpu, side.cuda_stream, 4, 1 << 22)
+        at = parts.data_ptr()
+        torch.cuda._sleep(200_000_000)
+        parts.fill_(1)
+        kept = parts.sum()
+        del parts, counters
+        device.workspace(gpu, side.cuda_stream, 4, 1 << 23)
+    other = torch.full((1 << 22,), 2.0, device=gpu)  # on the default stream
+    assert other.data_ptr() != at
+    torch.cuda.synchronize()
+    assert float(kept) == 1 << 22
