@@ -21,6 +21,7 @@ VIEWS = {  # of a cache [B + 1, G + 1, ROOM, D + 16]; what is outside a view mus
     "other groups": lambda c, t: c[1:, 1:, :t],
     "one group": lambda c, t: c[:B, 1:2, :t].expand(B, G, t, -1),
     "one sequence": lambda c, t: c[1:2, :G, :t].expand(B, G, t, -1),
+    "groups first": lambda c, t: c[:B, :G, :t].transpose(0, 1).contiguous().transpose(0, 1),
     "columns": lambda c, t: c[:B, :G, :t, 16:],
 }
 
@@ -117,3 +118,19 @@ def test_triton_sel_parity_of_one_buffer_at_many_lengths(hints, plans):
         assert_right(out, q, k, v, ranges)
         assert torch.equal(out, launch.forward(q, k, v, ranges, **hints))
     assert len(plans()) == 1
+
+
+@pytest.mark.skipif(not has_tma(), reason="no TMA descriptors here")
+def test_triton_sel_parity_of_a_whole_cache_and_then_of_a_part_of_it(plans, monkeypatch):
+    """Groups that lie one behind the other, and the same strides with tokens between them: another kernel."""
+    from nsa_sel.kernel import launch
+
+    monkeypatch.setattr(launch, "launch_for", lambda *_, **__: TMA)
+    whole = [cache(seed)[:B, :G, :, :D].contiguous() for seed in (1, 2)]
+    room = whole[0].shape[2]
+    for t in (room, 130, 131, room):
+        k, v = (x[:, :, :t] for x in whole)
+        q, ranges = query_and_ranges(t)
+        hints = {"min_len": 1, "max_len": 200}
+        assert_right(nsa_sel.selection_attention(q, k, v, ranges, backend="triton", **hints), q, k, v, ranges)
+    assert [plan.values["VIEW"] for plan in plans()] == [False, True]

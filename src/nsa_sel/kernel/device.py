@@ -83,6 +83,13 @@ def matrix_rows(x: Tensor) -> int:
     return (B - 1) * rows_b + (G - 1) * rows_g + S_kv
 
 
+def is_view(x: Tensor) -> bool:
+    """Tell whether the groups of K or V lie otherwise than one behind the other in that matrix."""
+    B, G, S_kv, _ = x.shape
+    rows_b, rows_g = tma_rows(x) or (0, 0)
+    return (B > 1 and rows_b != G * S_kv) or (G > 1 and rows_g != S_kv)
+
+
 def stand_in_len(S_kv: int) -> int:
     """Return what stands in for a max_len that is not known: S_kv rounded down to a power of two, or zero."""
     return 1 << S_kv.bit_length() >> 1

@@ -37,17 +37,16 @@ def _sel_fwd(
     stride_vb, stride_vg, stride_vt,
     stride_rb, stride_rs, stride_rg, stride_rn,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
-    UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,                             # what may be assumed
+    UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,         # what may be assumed
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
 ):  # fmt: skip
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
-    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them; with LOAD = "tma"
-    stride_kb and stride_kg count tokens instead, which are rows of the matrices that the descriptors of K and of V see.
-    QUERIES: S > 1. WIDE: positions in a row, or offsets from its first token, take 64 bits. The parts of a row are runs
-    of its tiles.
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. VIEW: K and V are parts of
+    a larger cache, of which the descriptors see all; stride_kb and stride_kg count its tokens instead. QUERIES: S > 1.
+    WIDE: positions in a row, or offsets from its first token, take 64 bits. The parts of a row are runs of its tiles.
     LATE_SUM: weights are summed over the threads once, after the loop. SPLIT (splits > 1): each part leaves its sums in
     part_ptr, and the last to arrive merges them, by the counter count_ptr[row]. CLUSTER > 1: runs of so many parts are
     thread-block clusters, whose programs merge BLOCK_M columns each; counters are count_ptr[row · CLUSTER + rank].
@@ -76,8 +75,7 @@ def _sel_fwd(
 
     offs_l = tl.arange(0, BLOCK_L)
     row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
-    TMA: tl.constexpr = LOAD == "tma"
-    k_row = k_ptr + (b * stride_kb + g * stride_kg) * (stride_kt.to(tl.int64) * UNIT if TMA else UNIT)
+    k_row = k_ptr + (b * stride_kb + g * stride_kg) * (stride_kt.to(tl.int64) * UNIT if VIEW else UNIT)
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
     step_k = stride_kt.to(tl.int64 if WIDE else tl.int32) * UNIT
     step_v = stride_vt.to(tl.int64 if WIDE else tl.int32) * UNIT
@@ -133,18 +131,19 @@ def _sel_fwd(
             share = tl.cdiv(hi, splits)
             lo = split * share
             hi = tl.minimum(lo + share, hi)
+        TMA: tl.constexpr = LOAD == "tma"
         TAIL_TMA: tl.constexpr = TMA and TAIL_L == BLOCK_L
-        desc_row = (b * stride_kb + g * stride_kg).to(tl.int32)
+        desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
         for t in range(lo, tl.minimum(hi, n_tiles)):
             token = first + t * BLOCK_L
             if BLOCK_N > 1:
                 token += tl.sum(tl.where(tiles_end <= t, gap, 0))
             tokens = token + offs_l
+            at = (desc_row + token).to(tl.int32)
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
                 k_desc if TMA else k_row, v_desc if TMA else v_row,
-                (desc_row + token).to(tl.int32) if TMA else tokens * step_k,
-                (desc_row + token).to(tl.int32) if TMA else tokens * step_v, offs_l < BLOCK_L,
+                at if TMA else tokens * step_k, at if TMA else tokens * step_v, offs_l < BLOCK_L,
                 D, DV, BLOCK_D, BLOCK_DV, TMA, False, False,
             )  # fmt: skip
         for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=TAIL_STAGES):
@@ -155,13 +154,13 @@ def _sel_fwd(
                 token = tl.sum(tl.where(here, tail + (t - first_tail) * TAIL_L, 0))
                 tail_end = tl.sum(tl.where(here, end, 0))
             tokens = token + tl.arange(0, TAIL_L)
-            mask_l = tokens < tail_end  # a descriptor's tile reaches beyond the span: attend clears the rest
+            mask_l = tokens < tail_end
+            at = (desc_row + token).to(tl.int32)  # a descriptor's tile reaches beyond the span: attend clears the rest
             tokens = tl.minimum(tokens, tail_end - 1)
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
                 k_desc if TAIL_TMA else k_row, v_desc if TAIL_TMA else v_row,
-                (desc_row + token).to(tl.int32) if TAIL_TMA else tokens * step_k,
-                (desc_row + token).to(tl.int32) if TAIL_TMA else tokens * step_v, mask_l,
+                at if TAIL_TMA else tokens * step_k, at if TAIL_TMA else tokens * step_v, mask_l,
                 D, DV, BLOCK_D, BLOCK_DV, TAIL_TMA, True, False,
             )  # fmt: skip
     if LATE_SUM:

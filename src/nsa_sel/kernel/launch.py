@@ -132,15 +132,17 @@ class Plan:
         # Positions in a row, to the end of its last tile, and offsets from its first token: 32 bits if those suffice.
         narrow = (2**31 - config.block_l) // max(n_spans, k.stride(2), v.stride(2), 1)
         self.tma = config.load == "tma"
-        if self.tma:
+        if view := self.tma and device.is_view(k):
             strides["stride_kb"], strides["stride_kg"] = device.tma_rows(k) or (0, 0)
-            self.rows_before = device.matrix_rows(k) - S_kv  # the last group's first token, in K and in V
+        self.rows_before = device.matrix_rows(k) - S_kv  # the last group's first token, in K and in V
         self.matrices = (D, k.stride(2)), (Dv, v.stride(2))
-        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len.
+        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len, no view.
         stand_in = device.stand_in_len(S_kv)
         last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT]
         if max_len is None:
             last += stand_in - 1, 2 * stand_in - 1
+        if self.tma and not view and B * G > 1:
+            last += S_kv - 1, S_kv
         self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
         self.kv_shape = (B, G, D, Dv)
         self.kv_seen: tuple = (k.shape, v.shape)  # the last that `serves` found to agree
@@ -148,7 +150,7 @@ class Plan:
             "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
             **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
             **strides,
-            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
+            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1, "VIEW": view},
             **config.constants(H, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
