@@ -41,7 +41,7 @@ NEW := .venv/newest-$(shell echo '$(NEWEST)' | tr -c 'A-Za-z0-9.\n' '-')
 test-newest:
 	test -e $(NEW)/bin/python || python3 -m venv $(NEW)
 	$(NEW)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(NEWEST) setuptools -e '.[bench]'
-	$(NEW)/bin/python -m pytest -q tests/unit tests/parity
+	$(NEW)/bin/python -m pytest -q tests/unit tests/parity tests/modes
 
 perf: $(INSTALLED)
 	@echo '$(if $(GPU),Timing the full matrix on $(GPU),No NVIDIA GPU: the kernel is not timed. Smoke matrix, references only)'
