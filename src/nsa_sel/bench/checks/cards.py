@@ -20,6 +20,7 @@ import triton
 from ...kernel import rules, tuned_table
 from ...kernel.call import Gpu
 from ...kernel.launch_config import LaunchConfig
+from ..decide.command import FULL_RUN_S
 from ..saved import storage
 from ..saved.run import read_json
 from ..suite import cases
@@ -36,9 +37,8 @@ BEGIN, END = "<!-- predicted: begin -->", "<!-- predicted: end -->"
 GIB = 2**30
 NOT_FREE = GIB  # of a GPU's memory: CUDA's context, a desktop
 CORES = 16  # of the host that the durations are for
-# What the H200 of the committed runs did. Sources: PERFORMANCE.md, "The runs"; the first baseline's calibration.
-FULL_RUN_S, BENCHMARKS, H200_GBPS = 355.0, 3356, 4800.0
-# The read limit as a line: time = floor + bytes / (share of the nominal bandwidth). Within 4 % of that calibration.
+BENCHMARKS, H200_GBPS = 3356, 4800.0  # of the full runs on an H200, and its bandwidth by its data sheet
+# The read limit as a line: time = floor + bytes / (share of the nominal bandwidth). Within 4 % of their calibrations.
 READ_FLOOR_US, READ_SHARE = 3.84, 0.968
 
 
