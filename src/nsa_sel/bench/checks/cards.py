@@ -154,7 +154,7 @@ def launch_tables(bytes_of: Mapping[str, int]) -> list[str]:
     return blocks
 
 
-def sizes_table() -> str:
+def sizes_table(shown: Sequence[Card] = SIZES) -> str:
     """Return the table of what does not fit, and of how long a full run and `make decide` take."""
     full = cases.matrix("full")
     lines = [
@@ -168,7 +168,7 @@ def sizes_table() -> str:
             "`make decide`",
         ]
     ]
-    for card in SIZES:
+    for card in shown:
         free = card.memory * GIB - NOT_FREE
         without = [case for case in full if memory_estimate(case) > free]
         n = BENCHMARKS - sum(len(case.methods) - 1 for case in without)  # the kernel itself packs nothing
