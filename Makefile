@@ -66,7 +66,7 @@ tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shap
 	$(PY) -m nsa_sel tune $(TUNE)
 
 # What the owner of a GPU runs first. Interrupted, the same command goes on. Without a GPU: its smoke form.
-decide: $(INSTALLED) ## parity, tiles, two full runs, the threshold, the report; make decide DECIDE='--tune none', see nsa-sel decide --help
+decide: $(INSTALLED) ## for a new card: parity, tiles, two full runs, threshold, report; see nsa-sel decide --help
 	$(PY) -m nsa_sel decide $(DECIDE)
 
 lint: $(INSTALLED)
