@@ -8,11 +8,17 @@ Source: NSA (arXiv 2502.11089), section 3.3.2, token selection.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import modes
+
+# Of a paged cache, as servers name them, [pages, page_size, G, D] and [pages, G, page_size, D]: where G stands.
+PAGE_LAYOUTS = {"NHD": 2, "HND": 1}
+MAX_TOKENS = 2**31 - 1
 
 
 def clamp(ranges: Tensor, S_kv: int) -> tuple[Tensor, Tensor]:
@@ -133,6 +139,101 @@ def block_ranges(
     limit, first = (x if isinstance(x, int) else torch.as_tensor(x, device=blocks.device) for x in (context, offset))
     starts, ends = starts.clamp(max=limit) + first, ends.clamp(max=limit) + first
     return torch.stack((torch.where(chosen, starts, 0), torch.where(chosen, ends, 0)), dim=-1).int()
+
+
+def paged_view(cache: Tensor, B: int, layout: str = "NHD") -> Tensor:
+    """See a paged cache of K or V as the one long K or V that B sequences share: no copy.
+
+    cache: "NHD" [pages, page_size, G, D] → [B, G, pages·page_size, D]; "HND" [pages, G, page_size, D] →
+    [B, G, pages·G·page_size, D], the same for every group, whose pages `paged_ranges` finds. Its strides over B, and
+    with "HND" over G, are 0. Take this view of K and of V, and ranges from `paged_ranges` with the same layout.
+
+    Raises:
+        ValueError: the rank, an unknown layout, pages that do not follow one another without a gap, or a cache of more
+            than 2**31 - 1 tokens, which ranges cannot count.
+    """
+    _check_layout(layout)
+    if cache.dim() != 4:
+        raise ValueError(f"cache: rank is {cache.dim()}, expected 4")
+    beside = 1 if layout == "HND" else cache.shape[2]  # groups of a token that lie beside each other
+    n_tokens, G = cache.shape[:3].numel() // beside, cache.shape[PAGE_LAYOUTS[layout]]
+    if n_tokens > MAX_TOKENS:
+        raise ValueError(f"cache: shape is {tuple(cache.shape)}, expected at most {MAX_TOKENS} tokens")
+    try:
+        tokens = cache.view(n_tokens, beside, cache.shape[3])
+    except RuntimeError:
+        raise ValueError(f"cache: stride is {cache.stride()}, expected pages without a gap between them") from None
+    return tokens.transpose(0, 1).expand(B, G, -1, -1)
+
+
+def paged_ranges(
+    blocks: Tensor,
+    block_size: int,
+    block_table: Tensor,
+    page_size: int,
+    context: int | Tensor,
+    *,
+    layout: str = "NHD",
+    unique: bool = False,
+) -> Tensor:
+    """Turn selected block numbers into ranges over a paged cache, which `paged_view` shows as one long K and V.
+
+    blocks, block_size, context, unique: as `block_ranges` takes them; blocks [B, S, G, n].
+    block_table: int32 or int64 [B, n_pages]: page i of a sequence holds its tokens from i·page_size on, and lies in
+    page block_table[b, i] of the cache; a negative number is no page. page_size: tokens per page, smaller, equal or
+    larger than a block. layout: of the cache, as `paged_view` takes it.
+    Returns ranges int32 [B, S, G, n·p, 2] with p = `pages_per_block`(block_size, page_size). Spans that touch, one
+    behind the other, are joined into the first of them, and the others are empty. Tokens without a page are left out.
+    The shape depends on shapes and sizes only: no device sync, and a CUDA graph may be replayed with other blocks,
+    tables and contexts in the same tensors.
+
+    Raises:
+        ValueError, TypeError: an argument's rank, shape, dtype or value, named.
+    """
+    _check_layout(layout)
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_table: dtype is {block_table.dtype}, expected torch.int32 or torch.int64")
+    for name, size in (("block_size", block_size), ("page_size", page_size)):
+        if size < 1:
+            raise ValueError(f"{name}: value is {size}, expected at least 1")
+    if blocks.dim() != 4:
+        raise ValueError(f"blocks: rank is {blocks.dim()}, expected 4")
+    B, _, G, n = blocks.shape
+    if block_table.dim() != 2 or block_table.shape[0] != B or not block_table.shape[1]:
+        raise ValueError(f"block_table: shape is {tuple(block_table.shape)}, expected ({B}, at least 1)")
+    n_pages = block_table.shape[1]
+    starts, ends = block_ranges(blocks, block_size, context, unique=unique).long()[..., None, :].unbind(-1)
+    p = pages_per_block(block_size, page_size)
+    page = starts // page_size + torch.arange(p, device=blocks.device)  # of the sequence: [B, S, G, n, p]
+    place = block_table.long().gather(1, page.clamp(0, n_pages - 1).flatten(1)).view_as(page)  # in the cache
+    starts = torch.maximum(starts, page * page_size)
+    ends = torch.minimum(ends, (page + 1) * page_size)
+    real = ((ends > starts) & (page < n_pages) & (place >= 0)).flatten(3)
+    if layout == "HND":
+        place = place * G + torch.arange(G, device=blocks.device).view(G, 1, 1)
+    shift = (place - page) * page_size
+    starts, ends = ((x + shift).flatten(3) for x in (starts, ends))
+    joined = F.pad(real[..., 1:] & real[..., :-1] & (starts[..., 1:] == ends[..., :-1]), (1, 0))  # to the one before
+    number = torch.arange(n * p, device=blocks.device)
+    # The last span of a run is the first, from a span on, that none is joined to.
+    goes_on = F.pad(joined[..., 1:], (0, 1))
+    last = torch.where(goes_on, n * p, number).flip(-1).cummin(-1).values.flip(-1)
+    first = (real & ~joined)[..., None]
+    return torch.where(first, torch.stack((starts, ends.gather(-1, last)), -1), 0).int()
+
+
+def pages_per_block(block_size: int, page_size: int) -> int:
+    """Return the most pages that a block may touch, which is how many spans `paged_ranges` gives it.
+
+    block_size / page_size where pages divide blocks, 1 where blocks divide pages.
+    """
+    last_start = page_size - math.gcd(block_size, page_size)  # of a block within a page
+    return -(-(last_start + block_size) // page_size)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in PAGE_LAYOUTS:
+        raise ValueError(f"layout: value is {layout!r}, expected one of {', '.join(PAGE_LAYOUTS)}")
 
 
 def _named_before(blocks: Tensor) -> Tensor:
