@@ -16,6 +16,7 @@ from .errors import KernelFailed, UnsupportedError
 from .routing import Route
 
 if TYPE_CHECKING:  # Triton is imported by the first call that asks for the kernel
+    from .kernel.kv import Lie, Placed
     from .kernel.launch import Plan
 
 # Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths;
@@ -42,29 +43,36 @@ def run(
     Returns NotImplemented where PyTorch's dispatcher must see the operation first; see `modes.eager`.
     """
     # The key of a plan: types, shapes, strides, dtypes and devices of the four tensors, and the arguments that it
-    # depends on. The shapes of K and V are compared with the plan's, which may serve another S_kv too, so that a
-    # context may grow. Pointer alignment is looked at when the plan runs.
+    # depends on. Where K and V lie is compared with the plan's, which may serve another S_kv and other strides too, so
+    # that a context may grow, in a buffer or by torch.cat. Pointer alignment is looked at when the plan runs.
     key = known = None
     if config is None and not validate:
         try:
             if not is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+                lie = (k.shape, v.shape, k_stride := k.stride(), v_stride := v.stride())
                 key = (
                     q.__class__, k.__class__, v.__class__, ranges.__class__,
-                    q.shape, ranges.shape, q.stride(), k.stride(), v.stride(), ranges.stride(),
+                    q.shape, ranges.shape, q.stride(), k_stride[2], v_stride[2], ranges.stride(),
                     q.dtype, k.dtype, v.dtype, ranges.dtype, q.device, k.device, v.device, ranges.device,
                     scale, backend, min_len, max_len, validate,
                 )  # fmt: skip
                 known = _plans.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # no tensor, no number: `check` and `numbers` say which
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            RuntimeError,
+        ):  # no tensor, no number: `check` and `numbers` say which
             key = None
     if known is not None and known[0] is get_config() and modes.none_on():
-        first, kv_shapes = known[1][0], (k.shape, v.shape)
-        plan = first if kv_shapes == first.kv_seen else _serving(known[1], kv_shapes)
-        if plan is not None:
+        plan = known[1][0]
+        last = plan.places.last
+        plan, placed = (plan, last) if lie == last.lie else _serving(known[1], lie)
+        if placed is not None:
             try:
                 if not return_lse:
-                    return plan.run(q, k, v, ranges, None, None, kv_shapes[0][2])
-                return _with_lse(plan, q, k, v, ranges)
+                    return plan.run(q, k, v, ranges, None, None, placed)
+                return _with_lse(plan, q, k, v, ranges, placed)
             except KernelFailed:  # other pointers, another alignment, another kernel
                 if backend != "auto":
                     raise
@@ -135,7 +143,8 @@ def _run_triton(
     key: tuple | None,
 ) -> Any:
     """Plan the call, run it, and keep the plan where a key is given."""
-    from .kernel.launch import Plan, remember
+    from .kernel.kv import MAX_KEPT, remember
+    from .kernel.launch import Plan
     from .kernel.launch_config import MAX_SPANS
 
     if ranges.shape[3] > MAX_SPANS:
@@ -146,21 +155,23 @@ def _run_triton(
     if key is not None:
         known = _plans.get(key)
         others = known[1] if known is not None and known[0] is config else []
-        remember(_plans, key, (config, [*others, plan]))
+        remember(_plans, key, (config, [*others, plan]), MAX_KEPT)
     return result
 
 
-def _serving(plans: list[Plan], kv_shapes: tuple) -> Plan | None:
-    """Return the plan that serves K and V of these shapes; None if none does, or if they do not agree."""
+def _serving(plans: list[Plan], lie: Lie) -> tuple[Plan, Placed | None]:
+    """Return the plan that serves K and V that lie so, and what it passes; None if none does, or they do not agree."""
     for plan in plans:
-        if plan.serves(kv_shapes):
-            return plan
-    return None
+        if (placed := plan.places.find(lie)) is not None:
+            return plan, placed
+    return plans[0], None
 
 
-def _with_lse(plan: Plan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+def _with_lse(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, placed: Placed | None = None
+) -> tuple[Tensor, Tensor]:
     lse = torch.empty(q.shape[:4], dtype=torch.float32, device=q.device)
-    return plan.run(q, k, v, ranges, None, lse), lse
+    return plan.run(q, k, v, ranges, None, lse, placed), lse
 
 
 def _run_sdpa(

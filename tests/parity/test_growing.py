@@ -134,3 +134,27 @@ def test_triton_sel_parity_of_a_whole_cache_and_then_of_a_part_of_it(plans, monk
         hints = {"min_len": 1, "max_len": 200}
         assert_right(nsa_sel.selection_attention(q, k, v, ranges, backend="triton", **hints), q, k, v, ranges)
     assert [plan.values["VIEW"] for plan in plans()] == [False, True]
+
+
+@pytest.mark.parametrize("hints", ({"min_len": 1, "max_len": 200}, {}), ids=("hints", "no hints"))
+def test_triton_sel_parity_of_a_cache_that_torch_cat_makes_anew(hints, plans):
+    """Every step has other strides over batch and groups: one plan serves all."""
+    whole = [cache(seed)[:B, :G, :, :D] for seed in (1, 2)]
+    for t in (130, 131, 150, 130):
+        k, v = (torch.cat((x[:, :, : t - 1], x[:, :, t - 1 : t]), 2) for x in whole)
+        assert k.stride() == (G * t * D, t * D, D, 1)
+        q, ranges = query_and_ranges(t)
+        out = nsa_sel.selection_attention(q, k, v, ranges, backend="triton", **hints)
+        assert_right(out, q, k, v, ranges)
+    assert len(plans()) == 1
+
+
+@pytest.mark.parametrize("load", ("gather", "whole", "tma") if has_tma() else ("gather", "whole"))
+def test_triton_sel_parity_of_a_cache_with_the_groups_of_a_token_side_by_side(load):
+    """[B, tokens, G, D], as models that write whole tokens have it, seen as [B, G, tokens, D]."""
+    from nsa_sel.kernel import launch
+
+    k, v = (cache(seed)[:B, :G, :130, :D].transpose(1, 2).contiguous().transpose(1, 2) for seed in (1, 2))
+    assert k.stride() == (130 * G * D, D, G * D, 1)
+    q, ranges = query_and_ranges(130)
+    assert_right(launch.forward(q, k, v, ranges, launch=LaunchConfig(load, 64, 64, 64, 4, 2)), q, k, v, ranges)

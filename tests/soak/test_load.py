@@ -33,7 +33,7 @@ def compiled() -> int:
 
 
 def test_two_hundred_thousand_calls(say):
-    from nsa_sel.kernel import launch
+    from nsa_sel.kernel import kv, launch
     from nsa_sel.kernel.forward import _sel_fwd
 
     torch.manual_seed(0)
@@ -100,4 +100,4 @@ def test_two_hundred_thousand_calls(say):
     assert new <= len(kinds)
     assert at_last[0] == at_first[0] and at_last[1] == at_first[1]
     assert at_first[2] - at_last[2] <= ROOM and at_last[3] - at_first[3] <= ROOM
-    assert len(nsa_sel.dispatch._plans) <= launch.MAX_KEPT
+    assert len(nsa_sel.dispatch._plans) <= kv.MAX_KEPT

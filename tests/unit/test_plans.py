@@ -7,7 +7,9 @@ import torch
 
 import nsa_sel
 from nsa_sel import dispatch
-from nsa_sel.kernel import device, direct, launch
+from nsa_sel.kernel import device, direct, kv, launch
+from nsa_sel.kernel.forward import TENSOR_ARGS
+from nsa_sel.kernel.kv import lie_of
 from nsa_sel.kernel.launch_config import LaunchConfig
 
 B, G, H, D = 2, 3, 4, 64
@@ -35,6 +37,11 @@ class Kernel:
     def describe(self, *what):
         self.described.append(what)
         return what[:4]
+
+    def passed(self, *names):
+        """Return some arguments of the last direct launch: of all but the tensors, which stand first."""
+        values = self.started[-1][len(TENSOR_ARGS) - len(self.arg_names) :]
+        return [values[self.arg_names.index(name) - len(TENSOR_ARGS)] for name in names]
 
 
 @pytest.fixture
@@ -84,13 +91,59 @@ def test_a_length_that_was_seen_keeps_its_descriptors(kernel, monkeypatch):
     assert [arguments[9] - (B * G - 1) * ROOM for arguments in kernel.started] == [100, 101, 100, 101, 100]
 
 
+@pytest.mark.parametrize("load", ("tma", "whole"))
+def test_a_cache_that_torch_cat_makes_anew_each_step_needs_one_plan_and_one_kernel(kernel, monkeypatch, load):
+    monkeypatch.setattr(launch, "launch_for", lambda *tensors, **hints: LaunchConfig(load, 64, 64, 64, 4, 2))
+    cache = CACHE[:, :, :, :90]
+    for t in range(91, 200):
+        cache = torch.cat((cache, CACHE[:, :, :, t : t + 1]), 3)
+        at(t, *cache, max_len=80)
+        if t > 91:
+            strides = [G * t * D // 16, t * D // 16]
+            assert kernel.passed("S_kv", "stride_kb", "stride_kg", "stride_vb", "stride_vg") == [t, *strides, *strides]
+    assert len(plans()) == 1 and len(kernel.compiled) == 1 and len(kernel.started) == 108
+    assert [what[1] for what in kernel.described[::2]] == [B * G * t for t in range(92, 200)] * (load == "tma")
+
+
+def test_two_caches_in_turn_keep_each_its_strides(kernel):
+    wide = torch.zeros(2, B, G + 1, 2 * ROOM, D)
+    for _ in range(3):
+        at(500, max_len=80)
+        of_narrow = kernel.started and kernel.passed("stride_vb", "stride_vg")
+        at(500, *wide[:, :, 1:, :500], max_len=80)
+        assert kernel.passed("stride_vb", "stride_vg") == [(G + 1) * 2 * ROOM * D // 16, 2 * ROOM * D // 16]
+    assert of_narrow == [G * ROOM * D // 16, ROOM * D // 16]
+    assert len(plans()) == 1 and len(kernel.compiled) == 1 and len(plans()[0].places.kept) == 2
+
+
+def test_a_plan_keeps_no_more_places_than_it_may(kernel, monkeypatch):
+    monkeypatch.setattr(kv, "MAX_PLACES", 8)
+    for t in range(500, 600):
+        at(t, max_len=80)
+    assert len(plans()) == 1 and len(plans()[0].places.kept) <= 8
+
+
+TOKENS_BESIDE_GROUPS = torch.zeros(2, B, 500, G, D).transpose(2, 3)
+NO_WHOLE_ROWS = torch.zeros(2, B, G * ROOM * D + 16)[:, :, :-16].unflatten(2, (G, ROOM, D))[:, :, :, :500]
+ODD = torch.zeros(2, B, G * ROOM * D + 2)[:, :, :-2].unflatten(2, (G, ROOM, D))[:, :, :, :500]
+FAR_TOKENS = torch.zeros(2, B, G, 500, 2 * D)[..., :D]
+
+
+@pytest.mark.parametrize("other", (TOKENS_BESIDE_GROUPS, NO_WHOLE_ROWS, ODD, FAR_TOKENS))
+def test_what_lies_so_that_another_kernel_is_due_has_its_own_plan(kernel, other):
+    for _ in range(3):
+        at(500, max_len=80)
+        at(500, *other, max_len=80)
+    assert len(plans()) == 2 and len(kernel.compiled) == 2 and len(kernel.started) == 4
+
+
 def test_without_max_len_the_launch_follows_the_context_from_power_to_power_of_two(kernel):
     for t in range(600, 2600, 10):
         at(t)
         k, v = CACHE[:, :, :, :t]
-        (plan,) = (plan for plan in plans() if plan.serves((k.shape, v.shape)))
+        (plan,) = (plan for plan in plans() if plan.places.find(lie_of(k, v)))
         assert plan.config == launch.launch_for(Q, k, v, RANGES)
-    assert sorted(plan.up_to for plan in plans()) == [1023, 2047, 4095]
+    assert sorted(plan.places.lengths.stop for plan in plans()) == [1024, 2048, 4096]
 
 
 def test_positions_that_pass_32_bits_take_another_kernel_and_back(kernel):

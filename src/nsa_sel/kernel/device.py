@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import direct, tiles
 from .call import Call, Gpu
+from .kv import as_matrices, lie_of
 from .launch_config import SMALLEST_SHARED_BYTES
 
 try:
@@ -19,7 +20,6 @@ except ImportError:  # Triton before 3.4: no descriptors made on the host, hence
     TensorDescriptor = None
 
 INTERPRETED = tiles.INTERPRETED.value
-MAX_TMA_ROWS = 2**30  # tokens of a row, and rows before the last group's first: their sum is a 32-bit coordinate
 # Zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call whose rows are split takes its own.
 GRAPH_COUNTERS = 1 << 18
 
@@ -53,41 +53,9 @@ def gpu_of(device: torch.device) -> Gpu:
     return _gpus[device]
 
 
-def tma_rows(x: Tensor) -> tuple[int, int] | None:
-    """Return how many rows lie between batch entries, and between groups, of K or V seen as one matrix of its tokens.
-
-    The matrix holds what lies between them too, such as the rest of a cache of which x is a view. None: there is no
-    such matrix, or a TMA descriptor cannot describe it.
-    """
-    B, G, S_kv, width = x.shape
-    stride_b, stride_g, stride_t, _ = x.stride()
-    if not x.numel() or x.data_ptr() % 16 or stride_t * x.element_size() % 16 or stride_t < width:
-        return None
-    rows_b, odd_b = divmod(stride_b, stride_t) if B > 1 else (0, 0)
-    rows_g, odd_g = divmod(stride_g, stride_t) if G > 1 else (0, 0)
-    if odd_b or odd_g or max((B - 1) * rows_b + (G - 1) * rows_g, S_kv) > MAX_TMA_ROWS:
-        return None
-    return rows_b, rows_g
-
-
 def tma_fits(k: Tensor, v: Tensor) -> bool:
-    """Tell whether a TMA descriptor may describe K, one may describe V, and a token has the same row in both."""
-    rows = tma_rows(k)
-    return rows is not None and rows == tma_rows(v)
-
-
-def matrix_rows(x: Tensor) -> int:
-    """Return how many rows that matrix has, to the last token."""
-    B, G, S_kv, _ = x.shape
-    rows_b, rows_g = tma_rows(x) or (0, 0)
-    return (B - 1) * rows_b + (G - 1) * rows_g + S_kv
-
-
-def is_view(x: Tensor) -> bool:
-    """Tell whether the groups of K or V lie otherwise than one behind the other in that matrix."""
-    B, G, S_kv, _ = x.shape
-    rows_b, rows_g = tma_rows(x) or (0, 0)
-    return (B > 1 and rows_b != G * S_kv) or (G > 1 and rows_g != S_kv)
+    """Tell whether TMA descriptors can serve K and V."""
+    return not (k.data_ptr() | v.data_ptr()) % 16 and as_matrices(lie_of(k, v), k.element_size()) is not None
 
 
 def stand_in_len(S_kv: int) -> int:
@@ -124,9 +92,9 @@ def bind_context() -> None:
         torch.cuda.is_current_stream_capturing()
 
 
-def descriptor(x: Tensor, block_l: int, width: int) -> Any:
-    """Make the TMA descriptor of K or V for tiles of block_l tokens and `width` columns."""
-    return TensorDescriptor(x, [matrix_rows(x), x.shape[3]], [x.stride(2), 1], [block_l, width])
+def descriptor(x: Tensor, rows: int, columns: int, block: list[int]) -> Any:
+    """Make the TMA descriptor of K or V, seen as a matrix of a row per token, for tiles of this shape."""
+    return TensorDescriptor(x, [rows, columns], [x.stride(2), 1], block)
 
 
 def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:

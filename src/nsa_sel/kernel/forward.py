@@ -39,13 +39,14 @@ def _sel_fwd(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,         # what may be assumed
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOAD: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
 ):  # fmt: skip
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
 
     Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. VIEW: K and V are parts of
-    a larger cache, of which the descriptors see all; stride_kb and stride_kg count its tokens instead. QUERIES: S > 1.
+    a larger cache, of which the descriptors see all; stride_kb and stride_kg count its tokens instead. COLUMNS:
+    they are, and the groups of a token lie side by side in its row, so that stride_kg counts elements. QUERIES: S > 1.
     WIDE: positions in a row, or offsets from its first token, take 64 bits. The parts of a row are runs of its tiles.
     LATE_SUM: weights are summed over the threads once, after the loop. SPLIT (splits > 1): each part leaves its sums in
     part_ptr, and the last to arrive merges them, by the counter count_ptr[row]. CLUSTER > 1: runs of so many parts are
@@ -77,6 +78,12 @@ def _sel_fwd(
     row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * (stride_kt.to(tl.int64) * UNIT if VIEW else UNIT)
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
+    col_k = None
+    col_v = None
+    if COLUMNS:
+        k_row = k_ptr + (b * stride_kb * stride_kt + g * stride_kg) * UNIT
+        col_k = (g * stride_kg * UNIT).to(tl.int32)
+        col_v = (g * stride_vg * UNIT).to(tl.int32)
     step_k = stride_kt.to(tl.int64 if WIDE else tl.int32) * UNIT
     step_v = stride_vt.to(tl.int64 if WIDE else tl.int32) * UNIT
     offs_n = 0
@@ -112,7 +119,8 @@ def _sel_fwd(
                 token += tl.sum(tl.where(span_end[:, None] <= position[None, :], gap[:, None], 0), axis=0)
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                k_row, v_row, token * step_k, token * step_v, mask_l, D, DV, BLOCK_D, BLOCK_DV, False, True, SKIP,
+                k_row, v_row, token * step_k, token * step_v, None, None, mask_l,
+                D, DV, BLOCK_D, BLOCK_DV, False, True, SKIP,
             )  # fmt: skip
     else:
         # Whole tiles are numbered span after span, as tokens are; the tails follow them, likewise.
@@ -134,6 +142,8 @@ def _sel_fwd(
         TMA: tl.constexpr = LOAD == "tma"
         TAIL_TMA: tl.constexpr = TMA and TAIL_L == BLOCK_L
         desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
+        if COLUMNS:
+            desc_row = (b * stride_kb).to(tl.int32)
         for t in range(lo, tl.minimum(hi, n_tiles)):
             token = first + t * BLOCK_L
             if BLOCK_N > 1:
@@ -143,7 +153,7 @@ def _sel_fwd(
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
                 k_desc if TMA else k_row, v_desc if TMA else v_row,
-                at if TMA else tokens * step_k, at if TMA else tokens * step_v, offs_l < BLOCK_L,
+                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, offs_l < BLOCK_L,
                 D, DV, BLOCK_D, BLOCK_DV, TMA, False, False,
             )  # fmt: skip
         for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=TAIL_STAGES):
@@ -160,7 +170,7 @@ def _sel_fwd(
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
                 k_desc if TAIL_TMA else k_row, v_desc if TAIL_TMA else v_row,
-                at if TAIL_TMA else tokens * step_k, at if TAIL_TMA else tokens * step_v, mask_l,
+                at if TAIL_TMA else tokens * step_k, at if TAIL_TMA else tokens * step_v, col_k, col_v, mask_l,
                 D, DV, BLOCK_D, BLOCK_DV, TAIL_TMA, True, False,
             )  # fmt: skip
     if LATE_SUM:

@@ -12,6 +12,7 @@ from ..errors import kernel_failed
 from . import device, direct, launch_config, rules, tuned_table
 from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of, tma_fits
 from .forward import TENSOR_ARGS, _sel_fwd
+from .kv import MAX_KEPT, MAX_TMA_ROWS, Placed, Places, as_matrices, is_view, lie_of, outer_strides, remember
 from .launch_config import LaunchConfig
 
 try:  # what compiled graphs allocate with: a third of the time of torch.empty
@@ -20,7 +21,6 @@ except ImportError:
     _empty_strided_cuda = None
 
 LOG2_E = 1.4426950408889634
-MAX_KEPT = 4096  # plans of a process, and pairs of descriptors of a plan
 MAX_CONTEXT = 2**31 - 1  # tokens of K and V
 
 _launches = 0
@@ -79,20 +79,13 @@ def forward(
     return Plan(q, k, v, ranges, scale, min_len, max_len, launch).run(q, k, v, ranges, out)
 
 
-def remember(kept: dict[tuple, Any], key: tuple, value: Any) -> Any:
-    """Keep a value for later calls of the same key, and no more than MAX_KEPT of them: past it all are forgotten."""
-    if len(kept) >= MAX_KEPT:
-        kept.clear()
-    kept[key] = value
-    return value
-
-
 class Plan:
-    """Hold everything about a call that neither its pointers nor the length of K and V change: launch, grid, arguments.
+    """Hold everything about a call but its pointers and where K and V lie: launch, grid, arguments.
 
     It serves every call whose four tensors have the same shapes, strides, dtypes and devices, with the same scale and
-    hints, where S_kv may be another as far as `serves` says. Pointer alignment is looked at in each call. launch:
-    forces a variant, as tests and sweeps do. scale, min_len, max_len: as `selection_attention` takes them.
+    hints, where S_kv and the strides of K and V over batch and groups may be others as far as `places` says. Pointer
+    alignment is looked at in each call. launch: forces a variant, as tests and sweeps do. scale, min_len, max_len: as
+    `selection_attention` takes them.
 
     Raises: ValueError if the forced variant cannot run these tensors.
     """
@@ -121,36 +114,29 @@ class Plan:
         self.grid = (B * S, G, config.splits // config.cluster)
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
-        strides = {
-            f"stride_{tensor}{axis}": 0 if x.shape[i] == 1 and axis != "t" else x.stride(i)
-            for tensor, axes, x in (("q", "bsgh", q), ("k", "bgt", k), ("v", "bgt", v), ("r", "bsgn", ranges))
-            for i, axis in enumerate(axes)
-        }
-        of_values = [name for name in strides if name[7] != "r"]
-        unit = next(u for u in (16, 8, 1) if all(strides[name] % u == 0 for name in of_values))
-        strides |= {name: strides[name] // unit for name in of_values}
-        # Positions in a row, to the end of its last tile, and offsets from its first token: 32 bits if those suffice.
-        narrow = (2**31 - config.block_l) // max(n_spans, k.stride(2), v.stride(2), 1)
         self.tma = config.load == "tma"
-        if view := self.tma and device.is_view(k):
-            strides["stride_kb"], strides["stride_kg"] = device.tma_rows(k) or (0, 0)
-        self.rows_before = device.matrix_rows(k) - S_kv  # the last group's first token, in K and in V
-        self.matrices = (D, k.stride(2)), (Dv, v.stride(2))
-        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len, no view.
+        lie = lie_of(k, v)
+        of_q, of_ranges = ([0 if x.shape[i] == 1 else x.stride(i) for i in range(4)] for x in (q, ranges))
+        self.token_strides = of_tokens = (k.stride(2), v.stride(2))
+        unit = next(u for u in (16, 8, 1) if not any(n % u for n in (*of_q, *of_tokens, *outer_strides(lie))))
+        # Positions in a row, to the end of its last tile, and offsets from its first token: 32 bits if those suffice.
+        narrow = (2**31 - config.block_l) // max(n_spans, *of_tokens, 1)
+        # Up to which S_kv one kernel and launch serve: no token, narrow offsets, TMA, an unknown max_len.
         stand_in = device.stand_in_len(S_kv)
-        last = [0, narrow, device.MAX_TMA_ROWS, MAX_CONTEXT]
+        last = [0, narrow, MAX_TMA_ROWS, MAX_CONTEXT]
         if max_len is None:
             last += stand_in - 1, 2 * stand_in - 1
-        if self.tma and not view and B * G > 1:
-            last += S_kv - 1, S_kv
-        self.above, self.up_to = max([-1, *(n for n in last if n < S_kv)]), min(n for n in last if n >= S_kv)
-        self.kv_shape = (B, G, D, Dv)
-        self.kv_seen: tuple = (k.shape, v.shape)  # the last that `serves` found to agree
+        lengths = range(max([-1, *(n for n in last if n < S_kv)]) + 1, min(n for n in last if n >= S_kv) + 1)
+        matrices = as_matrices(lie, q.element_size()) if self.tma else None
+        view = matrices is not None and is_view(lie, matrices)
         self.values = {
             "scale_log2": (D**-0.5 if scale is None else scale) * LOG2_E,
-            **{"S": S, "G": G, "S_kv": S_kv, "n_spans": n_spans, "splits": config.splits},
-            **strides,
-            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1, "VIEW": view},
+            **{"S": S, "G": G, "n_spans": n_spans, "splits": config.splits},
+            **{f"stride_q{axis}": n // unit for axis, n in zip("bsgh", of_q, strict=True)},
+            **{f"stride_{x}t": n // unit for x, n in zip("kv", of_tokens, strict=True)},
+            **{f"stride_r{axis}": n for axis, n in zip("bsgn", of_ranges, strict=True)},
+            **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
+            **{"VIEW": view, "COLUMNS": matrices is not None and any(matrix.column for matrix in matrices)},
             **config.constants(H, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -159,6 +145,8 @@ class Plan:
         self.direct: Any = None  # how to launch what is compiled, without and with an LSE
         self.direct_lse: Any = None
         self.descriptors: dict[tuple, tuple] = {}
+        names = _sel_fwd.arg_names[len(TENSOR_ARGS) :]
+        self.places = Places(lie, q.element_size(), unit, lengths, self.tma, view, names, self.values)
 
     def _problem(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Say which launch is expected in place of one that cannot run these tensors; None if it can."""
@@ -169,20 +157,6 @@ class Plan:
             return "a load that does without TMA descriptors"
         return "a launch without clusters" if self.config.cluster > 1 and not gpu.has_clusters else None
 
-    def serves(self, kv_shapes: tuple) -> bool:
-        """Tell whether K and V of another S_kv agree with each other and with q, and take the same kernel."""
-        B, G, D, Dv = self.kv_shape
-        S_kv = kv_shapes[0][2]
-        if not self.above < S_kv <= self.up_to or kv_shapes != ((B, G, S_kv, D), (B, G, S_kv, Dv)):
-            return False
-        self.kv_seen = kv_shapes
-        return True
-
-    def in_order(self, S_kv: int) -> tuple:
-        """Return the kernel's arguments after the tensors, in the order of its signature."""
-        values = self.values | {"S_kv": S_kv}
-        return tuple(values[name] for name in _sel_fwd.arg_names[len(TENSOR_ARGS) :])
-
     def run(
         self,
         q: Tensor,
@@ -191,19 +165,20 @@ class Plan:
         ranges: Tensor,
         out: Tensor | None = None,
         lse: Tensor | None = None,
-        S_kv: int | None = None,
+        placed: Placed | None = None,
     ) -> Tensor:
         """Launch, and return the result.
 
         out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-        rows' natural-log LSE. S_kv: that of K, where the caller has it at hand.
+        rows' natural-log LSE. placed: what `places` has for K and V; None: for those of the call before.
 
         Raises: KernelFailed if the kernel does not compile or start.
         """
         global _launches
+        placed = placed or self.places.last
         if not INTERPRETED and torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.run(q, k, v, ranges, out, lse)
+                return self.run(q, k, v, ranges, out, lse, placed)
         if out is None:
             if _empty_strided_cuda is not None and not INTERPRETED:
                 out = _empty_strided_cuda(self.out_shape, self.out_stride, self.dtype)
@@ -228,26 +203,25 @@ class Plan:
             parts, counters = device.workspace(self.device, stream, self.n_counters, self.part_size)
         known = self.direct if lse_at is None else self.direct_lse
         if known is not None and aligned:
-            launch, head, one_tuple, describe, _, before, after = known
-            if S_kv is None:
-                S_kv = k.shape[2]
+            launch, head, one_tuple, describe, _ = known
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
             descriptors = (None, None)
             if describe is not None:
-                descriptors = self.descriptors.get((k_at, v_at, S_kv)) or self._describe(describe, k_at, v_at, S_kv)
+                at = (k_at, v_at, placed.rows)
+                descriptors = self.descriptors.get(at) or self._describe(describe, *at, placed.columns)
             if one_tuple:
-                arguments = (*pointers, lse_at, parts_at, counters_at, *descriptors, *before, S_kv, *after)
+                arguments = (*pointers, lse_at, parts_at, counters_at, *descriptors, *placed.arguments)
                 launch(*self.grid, stream, *head, arguments)
             else:
                 launch(
                     *self.grid, stream, *head,
-                    *pointers, lse_at, parts_at, counters_at, *descriptors, *before, S_kv, *after,
+                    *pointers, lse_at, parts_at, counters_at, *descriptors, *placed.arguments,
                 )  # fmt: skip
             _launches += 1
             return out
-        return self._run_publicly(q, k, v, ranges, out, lse, parts, counters, aligned)
+        return self._run_publicly(q, k, v, ranges, out, lse, parts, counters, aligned, placed)
 
     def _run_publicly(
         self,
@@ -260,16 +234,16 @@ class Plan:
         parts: Tensor | None,
         counters: Tensor | None,
         aligned: bool,
+        placed: Placed,
     ) -> Tensor:
         """Compile if need be, launch through Triton's public interface, and keep the direct way for later calls."""
         global _launches
         k_desc = v_desc = None
         if self.tma:
             bind_context()
-            k_desc = descriptor(k, self.config.block_l, self.config.block_d)
-            v_desc = descriptor(v, self.config.block_l, self.config.block_dv)
-        values = self.in_order(k.shape[2])
-        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *values)
+            k_desc = descriptor(k, placed.rows, placed.columns[0], [self.config.block_l, self.config.block_d])
+            v_desc = descriptor(v, placed.rows, placed.columns[1], [self.config.block_l, self.config.block_dv])
+        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *placed.arguments)
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
                 compiled = _sel_fwd.warmup(*arguments, grid=self.grid, **self.options)
@@ -280,21 +254,20 @@ class Plan:
             if aligned and direct.works(self.device):
                 known = direct.direct_launch(compiled, self.config.cluster)
             if known is not None:
-                at = _sel_fwd.arg_names.index("S_kv") - len(TENSOR_ARGS)
-                setattr(self, "direct" if lse is None else "direct_lse", (*known, values[:at], values[at + 1 :]))
+                setattr(self, "direct" if lse is None else "direct_lse", known)
             if self.config.cluster > 1:
                 if known is None:
                     raise RuntimeError("it takes scratch memory, which only the public launch provides")
-                return self.run(q, k, v, ranges, out, lse)
+                return self.run(q, k, v, ranges, out, lse, placed)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
             raise kernel_failed(self.config, error) from error
         return out
 
-    def _describe(self, describe: Any, k_at: int, v_at: int, S_kv: int) -> tuple:
+    def _describe(self, describe: Any, k_at: int, v_at: int, rows: int, columns: tuple[int, int]) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
         bind_context()
-        rows = self.rows_before + S_kv
-        made = *describe(k_at, rows, *self.matrices[0], 0), *describe(v_at, rows, *self.matrices[1], 1)
-        return remember(self.descriptors, (k_at, v_at, S_kv), made)
+        stride_k, stride_v = self.token_strides
+        made = *describe(k_at, rows, columns[0], stride_k, 0), *describe(v_at, rows, columns[1], stride_v, 1)
+        return remember(self.descriptors, (k_at, v_at, rows), made, MAX_KEPT)

@@ -34,17 +34,23 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_tile(
-    src, at, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, SKIP: tl.constexpr,
-    CLEAN: tl.constexpr,
+    src, at, col, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    SKIP: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """Load columns [C·BLOCK, (C+1)·BLOCK) of a tile of K or V, with zeros outside WIDTH.
 
     src, at: a row's pointer and each token's offset from it; with TMA a descriptor and the tile's first row in it.
+    col: with TMA the descriptor's column at which the group's begin; None: it has no others.
     SKIP: pointers outside mask_l are not read, and give zeros. CLEAN: so does what a descriptor brings from there.
     """
     offs = C * BLOCK + tl.arange(0, BLOCK)
     if TMA:
-        tile = src.load([at, C * BLOCK])
+        if col is None:
+            tile = src.load([at, C * BLOCK])
+        else:
+            tile = src.load([at, col + C * BLOCK])
+            if (C + 1) * BLOCK > WIDTH:  # what lies there is another group's
+                tile = tl.where((offs < WIDTH)[None, :], tile, 0.0)
         if CLEAN:
             tile = tl.where(mask_l[:, None], tile, 0.0)
     else:
@@ -90,33 +96,34 @@ def load_q(q_row, stride_qh, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.const
 
 @triton.jit
 def scores(
-    q0, q1, q2, q3, k, at, mask_l, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, SKIP: tl.constexpr
-):
+    q0, q1, q2, q3, k, at, col, mask_l,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
     """Multiply the row's heads with a tile of keys: fp32 [heads, tokens], chunk by chunk of D."""
     zero = tl.zeros([q0.shape[0], mask_l.shape[0]], tl.float32)
-    s = dot(q0, tl.trans(load_tile(k, at, mask_l, 0, D, BLOCK_D, TMA, SKIP, False)), zero)
+    s = dot(q0, tl.trans(load_tile(k, at, col, mask_l, 0, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > BLOCK_D:
-        s += dot(q1, tl.trans(load_tile(k, at, mask_l, 1, D, BLOCK_D, TMA, SKIP, False)), zero)
+        s += dot(q1, tl.trans(load_tile(k, at, col, mask_l, 1, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > 2 * BLOCK_D:
-        s += dot(q2, tl.trans(load_tile(k, at, mask_l, 2, D, BLOCK_D, TMA, SKIP, False)), zero)
+        s += dot(q2, tl.trans(load_tile(k, at, col, mask_l, 2, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > 3 * BLOCK_D:
-        s += dot(q3, tl.trans(load_tile(k, at, mask_l, 3, D, BLOCK_D, TMA, SKIP, False)), zero)
+        s += dot(q3, tl.trans(load_tile(k, at, col, mask_l, 3, D, BLOCK_D, TMA, SKIP, False)), zero)
     return s
 
 
 @triton.jit
 def attend(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, mask_l,
+    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v, mask_l,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of tokens into the online softmax; if MASKED, only those in mask_l.
 
-    k, v, at_k, at_v, TMA, SKIP: as `load_tile` takes them. m_i: each head's largest score so far. l_i: the softmax
-    denominator, [heads], or [heads, tokens] where the sum over tokens is left to the end of the row, which spares a
-    reduction across warps per tile.
+    k, v, at_k, at_v, col_k, col_v, TMA, SKIP: as `load_tile` takes them. m_i: each head's largest score so far. l_i:
+    the softmax denominator, [heads], or [heads, tokens] where the sum over tokens is left to the end of the row, which
+    spares a reduction across warps per tile.
     """
-    s = scores(q0, q1, q2, q3, k, at_k, mask_l, D, BLOCK_D, TMA, SKIP) * scale_log2
+    s = scores(q0, q1, q2, q3, k, at_k, col_k, mask_l, D, BLOCK_D, TMA, SKIP) * scale_log2
     if MASKED:
         s = tl.where(mask_l[None, :], s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -125,16 +132,16 @@ def attend(
     p = tl.exp2(s - shift[:, None])
     l_i = l_i * alpha[:, None] + p if len(l_i.shape) == 2 else l_i * alpha + tl.sum(p, 1)
     # A weight of zero times NaN is NaN: outside mask_l, V must be zero or a token of this row.
-    v0 = load_tile(v, at_v, mask_l, 0, DV, BLOCK_DV, TMA, SKIP, MASKED)
+    v0 = load_tile(v, at_v, col_v, mask_l, 0, DV, BLOCK_DV, TMA, SKIP, MASKED)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
-        v1 = load_tile(v, at_v, mask_l, 1, DV, BLOCK_DV, TMA, SKIP, MASKED)
+        v1 = load_tile(v, at_v, col_v, mask_l, 1, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, at_v, mask_l, 2, DV, BLOCK_DV, TMA, SKIP, MASKED)
+        v2 = load_tile(v, at_v, col_v, mask_l, 2, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc2 = dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, at_v, mask_l, 3, DV, BLOCK_DV, TMA, SKIP, MASKED)
+        v3 = load_tile(v, at_v, col_v, mask_l, 3, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc3 = dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i

@@ -99,18 +99,22 @@ def _source(variant: Variant) -> tuple:
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k, v = tensor(1, 2, 1, H, D + odd), tensor(1, 1, S_kv, D + odd), tensor(1, 1, S_kv, Dv + odd)
-    q, k, v = q[..., :D], k[..., :D], v[..., :Dv]
-    ranges = tensor(1, 2, 1, variant.n_spans, 2, dtype=torch.int64 if tensors == "int64 ranges" else torch.int32)
+    G = 2 if tensors == "groups beside" else 1
+    q, k, v = tensor(1, 2, G, H, D + odd), tensor(1, S_kv, G, D + odd), tensor(1, S_kv, G, Dv + odd)
+    q, k, v = q[..., :D], k[..., :D].transpose(1, 2), v[..., :Dv].transpose(1, 2)
+    ranges = tensor(1, 2, G, variant.n_spans, 2, dtype=torch.int64 if tensors == "int64 ranges" else torch.int32)
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
     descriptors = [None, None]
     if plan.tma:
-        blocks = (k, config.block_d), (v, config.block_dv)
-        descriptors = [descriptor(x, config.block_l, width) for x, width in blocks]
-    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.in_order(S_kv))
+        rows, columns = plan.places.last.rows, plan.places.last.columns
+        widths = config.block_d, config.block_dv
+        descriptors = [
+            descriptor(x, rows, n, [config.block_l, w]) for x, n, w in zip((k, v), columns, widths, strict=True)
+        ]
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
 
     signature, constants, attributes = {}, {}, {}
     for param, value in zip(_sel_fwd.params, arguments, strict=True):

@@ -31,8 +31,8 @@ ARCHITECTURES = {
     120: _architecture(99 * 1024, ("RTX 5060", 30), ("RTX PRO 6000", 188), True, False),
 }
 # What the kernel is compiled for besides shape and launch: an LSE asked for, int64 ranges, tokens that int32 cannot
-# count, and rows at odd addresses.
-TENSORS = ("plain", "lse", "int64 ranges", "many tokens", "odd strides")
+# count, rows at odd addresses, and the groups of a token side by side, as in a paged cache.
+TENSORS = ("plain", "lse", "int64 ranges", "many tokens", "odd strides", "groups beside")
 # One of each kind of call, for the sample; the widths and heads are the corners.
 SAMPLE = (
     Call(1024, 8, 128, 128, 8, 512),  # many rows

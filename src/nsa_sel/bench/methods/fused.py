@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernel.device import gpu_of
 from ...kernel.direct import Direct, direct_launch, works
-from ...kernel.launch import remember
+from ...kernel.kv import MAX_KEPT, remember
 from ...kernel.launch_config import span_bucket
 from ...kernel.tiles import load_spans
 from ...reference import MAX_SDPA_BATCH, aligned
@@ -233,7 +233,8 @@ def pack_rows(k: Tensor, v: Tensor, ranges: Tensor, min_len: int, max_len: int) 
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        launch = remember(_launches, key, Launch(k, v, ranges, max_len, tile_tokens(N, max_len, k.device)))
+        made = Launch(k, v, ranges, max_len, tile_tokens(N, max_len, k.device))
+        launch = remember(_launches, key, made, MAX_KEPT)
     mask = None if min_len == max_len else k.new_empty((N, 1, 1, launch.mask_width))
     launch.run(k, v, ranges, k_rows, v_rows, mask)
     return k_rows, v_rows, mask if mask is None else mask[..., :max_len]
