@@ -22,6 +22,7 @@ from nsa_sel.bench import tables
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved import storage, write
 from nsa_sel.bench.saved.speedups import fastest_sdpa
+from nsa_sel.bench.saved.speedups import scope as scope_of
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases, kernels
 from nsa_sel.bench.suite.cases import Case
@@ -132,7 +133,7 @@ def _lines(
     fastest = fastest_sdpa(results)
     of_method = {result["method"]: result for result in results}
     for method in methods:
-        scope = cases.scope(method)
+        scope = scope_of(method)
         shape = (case.N, case.H, case.D, case.Dv, case.L, case.layout, case.dtype, scope, method)
         cells = [str(value) for value in shape]
         if timed := of_method.get(method):

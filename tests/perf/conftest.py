@@ -15,9 +15,8 @@ import torch
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.report import screen
 from nsa_sel.bench.saved.run import MARK, RunError, Saved
-from nsa_sel.bench.saved.speedups import kernel_of
+from nsa_sel.bench.saved.speedups import kernel_of, kernels_among
 from nsa_sel.bench.session import Session
-from nsa_sel.bench.suite.cases import kernels_among
 from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
 from nsa_sel.bench.threshold.judged import ThresholdError
@@ -150,6 +149,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
         terminalreporter.write_line("")
     for line in screen.screen(results):
+        terminalreporter.write_line(line)
+    for line in ["", *paged] if (paged := screen.paged_screen(results)) else ():
         terminalreporter.write_line(line)
     beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):

@@ -13,7 +13,8 @@ from typing import Any
 
 from nsa_sel.bench.compare import noise
 from nsa_sel.bench.saved import run as runs
-from nsa_sel.bench.suite.cases import Case, scope
+from nsa_sel.bench.saved.speedups import scope
+from nsa_sel.bench.suite.cases import Case
 
 GPU = "NVIDIA Synthetic"
 IDENTITY = {"gpu": GPU, "gpu_id": "0f1e2d", "driver": "580.0", "torch": "2.11.0+cu130", "triton": "3.6.0"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nsa_sel.bench.saved.speedups import scope as scope_of
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.suite.inputs import make_inputs, memory_estimate, traffic
@@ -78,7 +80,37 @@ def test_ids_are_unique_and_stable():
 def test_only_hot_cases_are_compiled():
     for case in FULL:
         assert ("packed_sdpa_compiled" in case.methods) == case.hot
-        assert [cases.scope(m) for m in case.methods[-2:]] == ["core", "core"]
+        assert [scope_of(m) for m in case.methods[-2:]] == ["core", "core"]
+
+
+PAGED = cases.matrix("full", family="paged")
+
+
+def test_cases_of_servers_are_there_only_when_asked_for_and_each_has_a_twin_without_pages():
+    assert not any(case.family == "paged" for case in FULL)
+    twins = {case.id: case for case in PAGED if not case.pages}
+    for case in PAGED:
+        twin = twins[case.id.removesuffix(f"-{case.pages}")]
+        assert replace(case, pages="") == twin and case.seed == twin.seed
+        assert case.methods == twin.methods == cases.OP_METHODS[:-1]
+    assert len(twins) < len(PAGED) and {case.S for case in PAGED} >= {1, 2, 4, 8}
+    assert {case.layout for case in PAGED} == {"random", "unequal"}
+    assert all(memory_estimate(case) < 30e9 for case in PAGED)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.matrix("smoke", family="paged") if case.pages], ids=str)
+def test_a_case_with_pages_reads_as_many_bytes_and_tokens_as_its_twin(case):
+    x, twin = make_inputs(case, "cpu"), make_inputs(replace(case, pages=""), "cpu")
+    assert (x.min_len, x.max_len) == (twin.min_len, twin.max_len) and torch.equal(x.q, twin.q)
+    more = x.ranges.numel() * 4 - twin.ranges.numel() * 4
+    assert traffic(x) == tuple(n + more for n in traffic(twin))
+    assert x.ranges.shape[3] == case.n_spans and x.k.untyped_storage().nbytes() == twin.k.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("pages", ("NHD", "64", "HNW64", "NHD48", "NHD0"))
+def test_pages_that_are_none_are_refused(pages):
+    with pytest.raises(ValueError, match=f"pages: value is '{pages}', expected such as NHD64"):
+        make_inputs(replace(PAGED[0], pages=pages), "cpu")
 
 
 @pytest.mark.parametrize(

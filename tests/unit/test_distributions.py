@@ -102,6 +102,13 @@ def test_an_unknown_name_lists_the_known(kind, layout, message):
     assert said.rpartition(": ")[2].split(", ") == [name for of, name in EVERY if of == kind]
 
 
+def test_sequences_of_unequal_contexts_see_from_two_blocks_to_all_tokens():
+    case = Case("paged", "bf16", "unequal", 4, 64, 64, 128, 9 * 2, S=2, S_kv=8192, block=64)
+    own = make_ranges(case)[..., -1, 1].reshape(9, 2).sort(0).values
+    assert own[:, 1].tolist() == [128, 215, 362, 609, 1024, 1722, 2896, 4871, 8192]  # thirds of a power of four
+    assert torch.equal(own[:, 0], own[:, 1] - 1)
+
+
 def test_a_distribution_is_one_function(monkeypatch):
     monkeypatch.setattr(distributions, "DISTRIBUTIONS", dict(DISTRIBUTIONS))
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nsa_sel import reference, spans
+from nsa_sel.bench.saved.speedups import kernels_among
+from nsa_sel.bench.saved.speedups import scope as scope_of
 from nsa_sel.bench.suite import cases, kernels
 from nsa_sel.bench.suite.inputs import make_inputs
 from nsa_sel.bench.suite.kernels import KernelError, parse
@@ -55,8 +57,8 @@ def test_a_kernel_has_a_name_a_spec_and_two_methods(mine):
     assert (plain.name, plain.spec, plain.takes) == ("right", f"{mine}:right", "ranges")
     assert (named.name, named.spec, named.takes) == ("by_block", f"{mine}:from_blocks", "blocks:32")
     assert named.methods(PREFILL) == ("by_block", "by_block_core")
-    assert [cases.scope(method) for method in named.methods(PREFILL)] == ["op", "core"]
-    assert cases.kernels_among(kernels.methods(PREFILL, (plain, named))) == ["triton", "right", "by_block"]
+    assert [scope_of(method) for method in named.methods(PREFILL)] == ["op", "core"]
+    assert kernels_among(kernels.methods(PREFILL, (plain, named))) == ["triton", "right", "by_block"]
 
 
 def test_takes_without_a_name_is_for_all_and_what_is_said_of_one_goes_before_it(mine):

@@ -89,10 +89,31 @@ FAULTS = [
     ),
     Fault(
         "a context that grows keeps the length that it was planned with",
-        "kernel/launch.py",
-        "values = self.in_order(k.shape[2])",
-        'values = self.in_order(self.values["S_kv"])',
+        "kernel/kv.py",
+        "arguments = (*arguments[:at], S_kv, *arguments[at + 1 :])",
+        "pass",
         "tests/parity/test_growing.py::test_triton_sel_parity_of_one_buffer_at_many_lengths[hints]",
+    ),
+    Fault(
+        "K and V that lie elsewhere keep the strides that they were planned with",
+        "kernel/kv.py",
+        "for at, value in zip(self.at, (lie[0][2], *outer), strict=True):",
+        "for at, value in zip(self.at, (lie[0][2], *self.__dict__.setdefault('first', outer)), strict=True):",
+        "tests/parity/test_growing.py::test_triton_sel_parity_of_a_cache_that_torch_cat_makes_anew[hints]",
+    ),
+    Fault(
+        "the last page of a block comes from the table's next entry",
+        "spans.py",
+        "place = block_table.long().gather(1, page.clamp(0, n_pages - 1)",
+        "place = block_table.long().gather(1, (page + (page % 2)).clamp(0, n_pages - 1)",
+        "tests/parity/test_paged.py::test_triton_sel_parity_of_a_prefix_that_two_sequences_share[NHD]",
+    ),
+    Fault(
+        "every group reads the first group's pages",
+        "spans.py",
+        "place = place * G + torch.arange(G, device=blocks.device).view(G, 1, 1)",
+        "place = place * G",
+        "tests/parity/test_paged.py::test_triton_sel_parity_of_a_prefix_that_two_sequences_share[HND]",
     ),
     Fault(
         "the parts of a split row are added without their weights",
@@ -159,15 +180,31 @@ FAULTS = [
     ),
 ]
 if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4
-    FAULTS.append(
+    DESCRIPTORS = "tests/parity/test_paged.py::test_triton_sel_parity_of_descriptors_of_a_paged_cache"
+    CONFIG = "tma BL64 BD64 BDV64 w4 s2 split1"
+    FAULTS += [
+        Fault(
+            "descriptors read V of another group",
+            "kernel/forward.py",
+            "col_v = (g * stride_vg * UNIT).to(tl.int32)",
+            "col_v = ((G - 1 - g) * stride_vg * UNIT).to(tl.int32)",
+            f"{DESCRIPTORS}[{CONFIG}-64-64-NHD]",
+        ),
+        Fault(
+            "what lies behind a group's columns is not cleared",
+            "kernel/tiles.py",
+            "tile = tl.where((offs < WIDTH)[None, :], tile, 0.0)",
+            "tile = tile",
+            f"{DESCRIPTORS}[{CONFIG}-80-48-NHD]",
+        ),
         Fault(
             "values beyond the end of a span are not masked",
             "kernel/tiles.py",
             "tile = tl.where(mask_l[:, None], tile, 0.0)",
             "tile = tile",
             "tests/parity/test_invariants.py::test_triton_sel_parity_does_not_see_what_is_not_selected[float('nan')-dtype1]",
-        )
-    )
+        ),
+    ]
 
 
 def copy(folder: Path, fault: Fault | None) -> Path:

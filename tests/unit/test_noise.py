@@ -17,8 +17,8 @@ from nsa_sel.bench.compare.result import RollUp
 from nsa_sel.bench.compare.rule import compare
 from nsa_sel.bench.compare.yardstick import Machine
 from nsa_sel.bench.saved import run as runs
+from nsa_sel.bench.saved.speedups import is_kernel
 from nsa_sel.bench.suite import cases
-from nsa_sel.bench.suite.cases import is_kernel
 
 ROOT = Path(__file__).parents[2]
 BASELINES = sorted((ROOT / ".benchmarks").glob("*-NVIDIA-H200/*_baseline.json"))

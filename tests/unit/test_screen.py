@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from nsa_sel.bench.report import screen
+from nsa_sel.bench.saved.speedups import scope as scope_of
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.cases import Case
 
 
 def result(case: Case, method: str, device_us: float) -> dict:
-    about = {"case": case.id, "family": case.family, "layout": case.layout, "scope": cases.scope(method)}
+    about = {"case": case.id, "family": case.family, "layout": case.layout, "scope": scope_of(method)}
     about |= {"method": method, "device_us": device_us, "gbps": 100.0, "pct_of_limit": 50.0, "ci95_us": [1.0, 2.0]}
     return about | {"gpu": "Testcard", "sdpa_backend": "flash", "call_us": None, "graph_us": 3.0, "mae": 1e-4}
 
@@ -51,3 +52,17 @@ def test_the_table_says_who_is_faster_and_why_a_time_is_missing():
     assert screen.peers_screen(timed, missing | elsewhere) == shown
     assert screen.peers(timed[:1], elsewhere) == ([], []) and screen.peers_screen(timed[:1], elsewhere) == []
     assert screen.peers(timed[:1], {}) == ([], []) and screen.peers_screen(timed[:1], {}) == []
+
+
+def test_a_case_with_pages_is_shown_over_its_twin():
+    twin, paged, hnd = (case for case in cases.matrix("full", family="paged")[:5] if case.pages[-2:] in ("", "64"))
+    results = [
+        *(result(twin, m, us) for m, us in [("triton", 10.0), ("packed_sdpa", 80.0), ("mine", 20.0)]),
+        *(result(paged, m, us) for m, us in [("triton", 10.4), ("packed_sdpa", 99.0)]),
+        {**result(hnd, "mine", 19.0), "graph_us": 3.3},
+    ]
+    head, ours, mine = screen.paged_screen(results)
+    assert head.split()[:3] == ["device", "graph", "call"]
+    assert ours.split() == ["1.04", "1.00", "-", paged.id, "triton"]
+    assert mine.split() == ["0.95", "1.10", "-", hnd.id, "mine"]
+    assert screen.paged_screen(results[:3]) == screen.paged_screen(results[3:]) == []

@@ -19,8 +19,9 @@ from .methods import contender
 from .methods.contender import CaseState, NotTimed, Prepared, WrongResult
 from .methods.prepare import prepare
 from .saved.figures import statistics_of
-from .suite import cases
-from .suite.cases import PEER_METHODS, Case
+from .saved.speedups import PEER_METHODS, is_kernel
+from .saved.speedups import scope as scope_of
+from .suite.cases import Case
 from .suite.inputs import memory_estimate
 from .suite.kernels import UserKernel
 from .timer import timing
@@ -207,7 +208,7 @@ class Session:
 
 def is_planted(case: Case, method: str) -> bool:
     """Tell whether a benchmark is in the fixed tenth of the kernel's that `plant` slows down."""
-    return cases.is_kernel(method) and zlib.crc32(f"{case.id}-{method}".encode()) % 10 == 0
+    return is_kernel(method) and zlib.crc32(f"{case.id}-{method}".encode()) % 10 == 0
 
 
 def _with_wait(call: Callable[[], Tensor], cycles: int) -> Callable[[], Tensor]:
@@ -223,7 +224,7 @@ def _identity(case: Case, method: str) -> dict[str, Any]:
     shape = {name: getattr(case, name) for name in ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "seed")}
     machine = environment()
     card = {name: machine[name] for name in ("gpu", "gpu_id", "driver", "torch", "triton")}
-    return {"case": case.id, "scope": cases.scope(method), "method": method, **shape, **card}
+    return {"case": case.id, "scope": scope_of(method), "method": method, **shape, **card}
 
 
 def _quartiles(samples: Sequence[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from ..suite.cases import is_kernel
+from ..saved.speedups import is_kernel
 from ..tables import as_markdown, printable
 from .result import SHOWN, Change, Comparison, by_family, describe
 

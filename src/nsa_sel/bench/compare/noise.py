@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..saved.run import Key, Run, RunError, Timing
-from ..suite.cases import is_kernel
+from ..saved.speedups import is_kernel
 from .yardstick import FLOOR_US, explain
 
 TABLE = Path(__file__).with_name("noise.json")

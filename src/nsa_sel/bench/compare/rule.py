@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..saved.run import Key, Run, Timing
-from ..saved.speedups import SDPA_FORMS, kernel_of
-from ..suite.cases import is_kernel, scope
+from ..saved.speedups import SDPA_FORMS, is_kernel, kernel_of, scope
 from .noise import CONFIRMED_WRONG, SUSPECT_WRONG, Noise, noise_of, time_us
 from .result import Change, Comparison, RollUp
 from .yardstick import FLOOR_US, Machine, explain

@@ -151,10 +151,11 @@ class CaseState:
         case, x = self.case, self.inputs
         rows = torch.linspace(0, case.N - 1, min(PARITY_ROWS, case.N)).long().to(self.device)
         b, s, g = rows // (case.S * case.G), rows // case.G % case.S, rows % case.G
-        q, of_rows = x.q[b, s, g][:, None, None], ranges[b, s, g][:, None, None]
-        k, v = x.k[b, g][:, None], x.v[b, g][:, None]
-        packed = reference.packed_sdpa(q, k, v, of_rows, min_len=min_len, max_len=max_len)
-        return rows, reference.oracle(x.q, x.k, x.v, ranges, rows=rows), packed[:, 0, 0]
+        of_rows = ranges[b, s, g][:, None, None]
+        index, valid = (found[:, 0, 0] for found in spans.token_index(of_rows, x.k.shape[2], max_len))
+        k, v = (whole[b[:, None], g[:, None], index] for whole in (x.k, x.v))
+        packed = reference.sdpa_rows(x.q[b, s, g], k, v, None if min_len == max_len else valid)
+        return rows, reference.oracle(x.q, x.k, x.v, ranges, rows=rows), packed
 
 
 def check(state: CaseState, prepared: Prepared) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ... import selection_attention
 from ...errors import KernelFailed, UnsupportedError
-from ..saved.speedups import EVERY_SDPA_FORM, kernel_of
-from ..suite.cases import PEER_METHODS, TRITON_METHODS, scope
+from ..saved.speedups import EVERY_SDPA_FORM, PEER_METHODS, kernel_of, scope
+from ..suite.cases import TRITON_METHODS
 from ..suite.inputs import Inputs, memory_estimate
 from ..suite.kernels import UserKernel
 from . import compiled, given, peers

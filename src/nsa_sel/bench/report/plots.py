@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, geomean
-from ..suite.cases import kernels_among
+from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, geomean, kernels_among
 from ..threshold.rule import NEEDED_SPEEDUP
 from .tables import Row
 

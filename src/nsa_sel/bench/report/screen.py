@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..saved.speedups import SDPA_FORMS, TRITON, fastest_sdpa, geomean, kernel_of
-from ..suite.cases import PEER_METHODS, is_kernel, kernels_among
+from ..saved.speedups import (
+    PEER_METHODS,
+    SDPA_FORMS,
+    TRITON,
+    fastest_sdpa,
+    geomean,
+    is_kernel,
+    kernel_of,
+    kernels_among,
+)
 
 WORST_SHOWN = 10
 COLUMNS = (
@@ -17,6 +26,7 @@ COLUMNS = (
     *("gbps", "pct_of_limit", "call_us", "graph_us", "mae", "ran"),
 )
 OTHER_WORK = "dense"  # attends to the whole context: shown for scale, and never said to be faster
+_PAGES = re.compile(r"-[NH]{2}D\d+$")  # at the end of a case's id
 Reasons = Mapping[tuple[str, str], str]  # (case, method) -> why it has no time
 
 
@@ -182,6 +192,26 @@ def peers_screen(results: Sequence[Mapping[str, Any]], not_timed: Reasons) -> li
             missing[f"{method}: {reason}"] += 1
     why = sorted(missing, key=lambda text: -missing[text])[:WORST_SHOWN]
     return [*lines, *faster[:WORST_SHOWN], *more, *(f"{missing[text]} x {text}" for text in why)]
+
+
+def paged_screen(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each kernel's case with K and V in pages: its times over those of the twin without pages."""
+    timed = {(result["case"], result["method"]): result for result in results if is_kernel(result["method"])}
+    lines = []
+    for (case, method), paged in timed.items():
+        twin = timed.get((_PAGES.sub("", case), method))
+        if twin is not None and twin is not paged:
+            ratios = [_number(_over(paged[time], twin[time]), ".2f") for time in ("device_us", "graph_us", "call_us")]
+            lines.append("".join(f"{ratio:>8}" for ratio in ratios) + f"   {case} {method}")
+    return (
+        [f"{'device':>8}{'graph':>8}{'call':>8}   times with K and V in pages over those without", *lines]
+        if lines
+        else []
+    )
+
+
+def _over(us: float | None, twin_us: float | None) -> float | None:
+    return us / twin_us if us and twin_us else None
 
 
 def _beside_peers(times: Iterable[tuple[str, str]], not_timed: Iterable[tuple[str, str]]) -> dict[str, None]:

@@ -7,8 +7,8 @@ from itertools import product
 from typing import Any
 
 from ..saved.run import Saved, is_figure
-from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean
-from ..suite.cases import FAMILIES, RECORDED, kernels_among, scope
+from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean, kernels_among, scope
+from ..suite.cases import FAMILIES, RECORDED
 from ..tables import as_csv, as_markdown, printable
 from .screen import peers as side_by_side
 

@@ -14,6 +14,7 @@ from typing import Any
 TRITON = {"op": "triton", "core": "triton_core"}
 SDPA_FORMS = {"op": ("packed_sdpa", "packed_sdpa_fused", "packed_sdpa_compiled"), "core": ("sdpa_core",)}
 EVERY_SDPA_FORM = frozenset(form for forms in SDPA_FORMS.values() for form in forms)
+PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 
 CORE_SUFFIX = "_core"  # of the method that times a kernel, ours or a user's, on rows packed beforehand
 
@@ -23,6 +24,22 @@ Result = Mapping[str, Any]  # of one (case, method): its extra_info, and its tim
 def kernel_of(method: str) -> str:
     """Return the name of the kernel whose method this is, with or without packing."""
     return method.removesuffix(CORE_SUFFIX)
+
+
+def scope(method: str) -> str:
+    """Return "op" (packing inside the time) or "core" (rows packed beforehand on both sides)."""
+    return "core" if method.endswith(CORE_SUFFIX) else "op"
+
+
+def is_kernel(method: str) -> bool:
+    """Tell whether a method is what a commit may change, ours or a user's: neither a form of SDPA nor a peer."""
+    return method not in EVERY_SDPA_FORM and method not in PEER_METHODS
+
+
+def kernels_among(methods: Iterable[str]) -> list[str]:
+    """Return the kernels that some methods are of, ours first, the others in their order."""
+    found = dict.fromkeys(kernel_of(method) for method in methods if is_kernel(method))
+    return sorted(found, key=lambda name: name != TRITON["op"])
 
 
 def fastest_form(times: Mapping[str, float | None], scope: str) -> str | None:

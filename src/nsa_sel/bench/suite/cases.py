@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..saved.speedups import CORE_SUFFIX, EVERY_SDPA_FORM, SDPA_FORMS, TRITON, kernel_of
-from . import distributions
+from ..saved.speedups import PEER_METHODS, SDPA_FORMS, TRITON
+from . import distributions, pages
 from .distributions import DECODE, PREFILL, SPANS, Distribution
 from .recorded import Recorded
 
@@ -17,6 +16,7 @@ ROW_CONTEXT = 2048  # KV tokens that every row of `rows` owns
 GQA = 4  # KV groups of a decode case, unless it says otherwise
 FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
 RECORDED = "recorded"  # the family of a real model's calls, and their layout; in no matrix
+PAGED = "paged"  # asked for like a family: calls of servers, with K and V in pages and without; in no matrix
 PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
 LAYOUTS = ("few", "many", "mixed")  # the distributions of `rows`
 DTYPES = ("bf16", "fp16")
@@ -28,7 +28,6 @@ PARAMETERS = ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "S", "G", "
 OP_METHODS = (TRITON["op"], *SDPA_FORMS["op"])
 CORE_METHODS = (TRITON["core"], *SDPA_FORMS["core"])
 TRITON_METHODS = tuple(TRITON.values())
-PEER_METHODS = ("flex_attention", "fla_nsa", "flashinfer_paged", "dense")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Case:
     name. H: heads per group. D, Dv: widths. L: selected tokens per row (the mean in `ragged`, the most in `prefill` and
     of a recorded call). N = B·S·G rows. S_kv: KV tokens of one (b, g). block: span length, 0 where spans are no blocks.
     peers: timed beside other people's kernels. name: in a file of cases. recorded: the real model's call that it is.
+    pages: in which K and V lie, as NHD64 says (see pages.py), or none.
 
     Raises:
         ValueError: no distribution has the layout's name, or it does not draw such rows.
@@ -59,6 +59,7 @@ class Case:
     peers: bool = False
     name: str = ""
     recorded: Recorded | None = None
+    pages: str = ""
 
     def __post_init__(self) -> None:
         if (least := self.distribution.least) > self.n_spans:
@@ -82,9 +83,12 @@ class Case:
             shape += f"-t{self.S_kv}" + (f"-G{self.G}" if self.G != GQA else "")
         elif self.family == "prefill":
             shape += f"-S{self.S}" + (f"-G{self.G}" if self.B > 1 else "")
+        elif self.family == PAGED:
+            shape += f"-t{self.S_kv}-S{self.S}"
         if self.block not in (0, BLOCK):
             shape += f"-block{self.block}"
-        return "-".join(filter(None, (shape, self.layout if self.recorded is None else self.recorded.id, self.name)))
+        selection = self.layout if self.recorded is None else self.recorded.id
+        return "-".join(filter(None, (shape, selection, self.name, self.pages)))
 
     @property
     def parameters(self) -> dict[str, str | int]:
@@ -97,6 +101,8 @@ class Case:
 
     @property
     def n_spans(self) -> int:
+        if self.pages:
+            return self.L // self.block * pages.per_block(self)
         return self.L // self.block if self.block else self.distribution.n_spans
 
     @cached_property
@@ -124,42 +130,33 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """Return the fixed seed of the case's tensors and spans, the same for every dtype."""
-        return zlib.crc32(self.id.replace(f"-{self.dtype}-", "-").encode())
+        """Return the fixed seed of the tensors and spans, the same for every dtype and for the twin without pages."""
+        return zlib.crc32(replace(self, pages="").id.replace(f"-{self.dtype}-", "-").encode())
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Return the methods in the order of timing; beside peers packing comes last, as it needs the most memory."""
+        if self.family == PAGED:  # packed rows are the same with and without pages
+            return OP_METHODS[:-1]
         ours = tuple(m for m in OP_METHODS + CORE_METHODS if m != "packed_sdpa_compiled" or self.hot)
         return ("triton", *PEER_METHODS, *(m for m in ours if m.startswith("packed"))) if self.peers else ours
-
-
-def scope(method: str) -> str:
-    """Return "op" (packing inside the time) or "core" (rows packed beforehand on both sides)."""
-    return "core" if method.endswith(CORE_SUFFIX) else "op"
-
-
-def is_kernel(method: str) -> bool:
-    """Tell whether a method is what a commit may change, ours or a user's: neither a form of SDPA nor a peer."""
-    return method not in EVERY_SDPA_FORM and method not in PEER_METHODS
-
-
-def kernels_among(methods: Iterable[str]) -> list[str]:
-    """Return the kernels that some methods are of, ours first, the others in their order."""
-    found = dict.fromkeys(kernel_of(method) for method in methods if is_kernel(method))
-    return sorted(found, key=lambda name: name != TRITON["op"])
 
 
 def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Case]:
     """Return the cases of "smoke", "hot" or "full", optionally of one family (or several, separated by commas).
 
-    "peers" counts as a family that is only there when named; its "hot" cases are those of 16 heads, NSA's own number.
+    "peers" and "paged" count as families that are only there when named; the "hot" cases of peers are those of 16
+    heads, NSA's own number.
 
     Raises:
         ValueError: an unknown matrix, dtype or family.
     """
     families = FAMILIES if family is None else tuple(family.split(","))
-    arguments = (("matrix", (name,), MATRICES), ("dtype", (dtype,), DTYPES), ("family", families, (*FAMILIES, PEERS)))
+    arguments = (
+        ("matrix", (name,), MATRICES),
+        ("dtype", (dtype,), DTYPES),
+        ("family", families, (*FAMILIES, PEERS, PAGED)),
+    )
     for argument, values, known in arguments:
         for value in values:
             if value not in known:
@@ -172,12 +169,14 @@ def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Ca
     chosen = {case.id: case for case in cases if case.family in families}
     if PEERS in families:
         chosen |= {case.id: case for case in _peers(name, dtype)}
+    if PAGED in families:
+        chosen |= {case.id: case for case in (Case(PAGED, dtype, **sizes) for sizes in pages.sizes(name))}
     return list(chosen.values())
 
 
 def by_id() -> dict[str, Case]:
-    """Return every case of the full matrix in each dtype, peers' included, by its id."""
-    families = ",".join((*FAMILIES, PEERS))
+    """Return every case of the full matrix in each dtype, peers' and paged ones included, by its id."""
+    families = ",".join((*FAMILIES, PEERS, PAGED))
     return {case.id: case for dtype in DTYPES for case in matrix("full", dtype, families)}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from ... import spans
+from . import pages
 from .recorded import Recorded, inside
 
 SPANS, DECODE, PREFILL = "spans", "decode", "prefill"
@@ -41,6 +42,8 @@ class Shape(Protocol):
     def block(self) -> int: ...
     @property
     def n_spans(self) -> int: ...
+    @property
+    def pages(self) -> str: ...
 
 
 Draw = Callable[[Shape, Generator], Tensor]
@@ -148,10 +151,7 @@ def ragged(shape: Shape, generator: Generator) -> Tensor:
 @distribution(DECODE, PREFILL)
 def random(shape: Shape, generator: Generator) -> Tensor:
     """Select the first and the own block, and other earlier ones afresh for every token."""
-    number, own = torch.arange(shape.S_kv // shape.block), own_block(shape)
-    score = torch.rand(shape.B, shape.S, shape.G, len(number), generator=generator)
-    score = torch.where((number == 0) | (number == own), 2.0, score)
-    return best_blocks(shape, score)
+    return _random(shape, generator)
 
 
 @distribution(DECODE, PREFILL)
@@ -171,7 +171,7 @@ def local(shape: Shape, generator: Generator) -> Tensor:
     Each of the other slots keeps its block for 24 tokens and then draws another earlier one; the slots' changes are
     spread evenly over the 24. While there are fewer earlier blocks than slots, all of them are selected.
     """
-    own = own_block(shape)[:, 0, 0]
+    own = own_block(shape)[0, :, 0, 0]
     slots = shape.n_spans - 3
     held = torch.full((shape.B, shape.G, slots), -1)
     blocks = torch.full((shape.B, shape.S, shape.G, shape.n_spans), -1)
@@ -191,23 +191,43 @@ def local(shape: Shape, generator: Generator) -> Tensor:
     return block_ranges(shape, blocks.sort(-1).values)
 
 
-def position(shape: Shape) -> Tensor:
-    """Return the KV position of every query token, S_kv - S + s: [S, 1, 1]."""
-    return torch.arange(shape.S_kv - shape.S, shape.S_kv)[:, None, None]
+@distribution(DECODE, PREFILL, longest=lambda shape: shape.L)
+def unequal(shape: Shape, generator: Generator) -> Tensor:
+    """Select as `random`, each sequence in a context of its own: the longest has all tokens, the shortest two blocks.
+
+    Those between are spread evenly on a logarithmic scale, in random order. None has less than S tokens.
+    """
+    share = torch.randperm(shape.B, generator=generator).double() / max(shape.B - 1, 1)
+    tokens = shape.S_kv * (max(2 * shape.block, shape.S) / shape.S_kv) ** share
+    return _random(shape, generator, tokens.round().long()[:, None, None, None])
 
 
-def own_block(shape: Shape) -> Tensor:
-    """Return the block that a query token lies in: [S, 1, 1]."""
-    return position(shape) // shape.block
+def _random(shape: Shape, generator: Generator, context: Tensor | None = None) -> Tensor:
+    number, own = torch.arange(shape.S_kv // shape.block), own_block(shape, context)
+    score = torch.rand(shape.B, shape.S, shape.G, len(number), generator=generator)
+    score = torch.where((number == 0) | (number == own), 2.0, score)
+    return best_blocks(shape, score, context)
 
 
-def best_blocks(shape: Shape, score: Tensor) -> Tensor:
-    """Turn scores [B, S, G, blocks] into the ranges of each row's n_spans best among its own block and earlier ones."""
-    later = torch.arange(score.shape[-1]) > own_block(shape)
-    best = score.masked_fill(later, -math.inf).topk(shape.n_spans, -1)
-    return block_ranges(shape, torch.where(best.values.isinf(), -1, best.indices).sort(-1).values)
+def position(shape: Shape, context: Tensor | None = None) -> Tensor:
+    """Return the position of every query token, the last of its context [B, 1, 1, 1] or of S_kv: [B or 1, S, 1, 1]."""
+    last = torch.full((1, 1, 1, 1), shape.S_kv) if context is None else context
+    return last - shape.S + torch.arange(shape.S)[:, None, None]
 
 
-def block_ranges(shape: Shape, blocks: Tensor) -> Tensor:
-    """Turn block numbers [B, S, G, n_spans], -1 for none, into ranges that end with the query's own token."""
-    return spans.block_ranges(blocks, shape.block, position(shape) + 1)
+def own_block(shape: Shape, context: Tensor | None = None) -> Tensor:
+    """Return the block that a query token lies in: [B or 1, S, 1, 1]."""
+    return position(shape, context) // shape.block
+
+
+def best_blocks(shape: Shape, score: Tensor, context: Tensor | None = None) -> Tensor:
+    """Turn scores [B, S, G, blocks] into the ranges of each row's best among its own block and earlier ones."""
+    later = torch.arange(score.shape[-1]) > own_block(shape, context)
+    best = score.masked_fill(later, -math.inf).topk(shape.L // shape.block, -1)
+    return block_ranges(shape, torch.where(best.values.isinf(), -1, best.indices).sort(-1).values, context)
+
+
+def block_ranges(shape: Shape, blocks: Tensor, context: Tensor | None = None) -> Tensor:
+    """Turn block numbers [B, S, G, n], -1 for none, into ranges that end with the query's own token."""
+    seen = position(shape, context) + 1
+    return pages.ranges(shape, blocks, seen) if shape.pages else spans.block_ranges(blocks, shape.block, seen)

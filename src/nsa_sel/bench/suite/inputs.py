@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import spans
+from . import pages
 from .cases import ELEMENT_BYTES, Case
 from .recorded import kept_tensors
 
@@ -43,14 +45,17 @@ def make_inputs(case: Case, device: torch.device | str) -> Inputs:
 
     call = None if case.recorded is None else case.recorded.open()
     kept = None if call is None else kept_tensors(call)
-    if kept is None:
+    if kept is not None:
+        q, k, v = (x.to(device) for x in kept)
+    elif case.pages:
+        q, cache_shape = draw(case.B, case.S, case.G, case.H, case.D), pages.cache_shape(case)
+        k, v = (spans.paged_view(draw(*cache_shape, width), case.B, pages.kind(case)[0]) for width in (case.D, case.Dv))
+    else:
         q = draw(case.B, case.S, case.G, case.H, case.D)
         k = draw(case.B, case.G, case.S_kv, case.D)
         v = draw(case.B, case.G, case.S_kv, case.Dv)
-    else:
-        q, k, v = (x.to(device) for x in kept)
     ranges = make_ranges(case)
-    length = spans.lengths(ranges, case.S_kv)
+    length = spans.lengths(ranges, k.shape[2])
     return Inputs(q, k, v, ranges.to(device), int(length.min()), int(length.max()))
 
 
@@ -68,12 +73,12 @@ def traffic(inputs: Inputs) -> tuple[int, int]:
     """
     q, k, v, ranges = inputs.q, inputs.k, inputs.v, inputs.ranges
     B, S, G = ranges.shape[:3]
-    S_kv = k.shape[2]
-    starts, ends = (x.transpose(1, 2).reshape(B, G, -1) for x in spans.clamp(ranges, S_kv))
-    edges = torch.zeros(B, G, S_kv + 1, dtype=torch.int32, device=k.device)
-    one = torch.ones_like(starts, dtype=torch.int32)
-    covered = edges.scatter_add(-1, starts, one).scatter_add(-1, ends, -one).cumsum(-1) > 0
-    distinct, every = torch.stack((covered.sum(), (ends - starts).sum())).tolist()
+    starts, ends = (x.transpose(1, 2).reshape(B, G, -1) for x in spans.clamp(ranges, k.shape[2]))
+    every = (ends - starts).sum()
+    starts, in_order = starts.sort(-1)
+    ends = ends.gather(-1, in_order)
+    reached = F.pad(ends.cummax(-1).values[..., :-1], (1, 0))  # by the spans that begin before
+    distinct, every = torch.stack(((ends - starts.maximum(reached)).clamp(min=0).sum(), every)).tolist()
     per_token = (k.shape[3] + v.shape[3]) * k.element_size()
     out = B * S * G * q.shape[3] * v.shape[3] * q.element_size()
     fixed = q.numel() * q.element_size() + out + ranges.numel() * ranges.element_size()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ... import spans
-from ..saved.speedups import CORE_SUFFIX
-from .cases import CORE_METHODS, OP_METHODS, PEER_METHODS, Case, scope
+from ..saved.speedups import CORE_SUFFIX, PEER_METHODS, scope
+from .cases import CORE_METHODS, OP_METHODS, Case
 from .inputs import make_ranges
 
 if TYPE_CHECKING:
@@ -153,8 +153,10 @@ def expressible(case: Case, size: int) -> bool:
 
     size: 0 is a kernel that takes ranges, which express every case.
     """
-    if not size or (case.block and case.block % size == 0):
+    if not size or (case.block and case.block % size == 0 and not case.pages):
         return True
+    if case.pages:
+        return False
     ranges = make_ranges(case)
     try:
         spans.ranges_to_blocks(ranges, size, case.S_kv)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..saved.run import Saved
-from ..saved.speedups import TRITON
-from ..suite.cases import Case, kernels_among
+from ..saved.speedups import TRITON, kernels_among
+from ..suite.cases import Case
 from ..suite.saved_cases import rebuilt
 
 
