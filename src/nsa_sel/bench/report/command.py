@@ -73,12 +73,16 @@ def write(run: Path, old: Path | None, out: Path, config: SelConfig, folder: Pat
 
 
 def commit_url(commit: str) -> str:
-    """Return where the remote of the repository here shows a commit that the repository has; "" if it has none."""
-    if not re.fullmatch("[0-9a-f]{40}", commit) or storage.commit_id(commit) is None:
+    """Return where a browser finds a commit that this repository's `origin` has; "" if that is not known."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20).stdout.strip()
+
+    if not re.fullmatch("[0-9a-f]{40}", commit):
         return ""
     try:
-        asked = ["git", "remote", "get-url", "origin"]
-        remote = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
+        there = git("for-each-ref", "--count=1", "--contains", commit, "refs/remotes/origin")
+        remote = git("remote", "get-url", "origin") if there else ""
     except (OSError, subprocess.SubprocessError):
         return ""
     known = re.fullmatch(r"(?:https://|ssh://)?(?:[^@/]+@)?([\w.-]+\.\w+)(?::\d+)?[:/]([\w./~-]+?)(?:\.git)?/?", remote)

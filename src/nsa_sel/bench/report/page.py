@@ -15,7 +15,7 @@ from ..saved.speedups import TRITON
 from ..threshold.rule import DECIDING_LAUNCH, NEEDED_SPEEDUP, Decision, Threshold
 from . import pictures, tables
 
-_WEB = Path(__file__).with_name("web")
+WEB = Path(__file__).with_name("web")
 # name, title, note; what each shows is in web/pictures.js
 _PICTURES = (
     (
@@ -115,7 +115,7 @@ def render(
 
 
 def _web(name: str) -> str:
-    return (_WEB / name).read_text(encoding="utf-8")
+    return (WEB / name).read_text(encoding="utf-8")
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -132,9 +132,8 @@ def _compared(compared: Comparison | None) -> str:
     if compared is None:
         return ""
     state = {0: "pass", 1: "fail", 3: "suspect"}[compared.exit_code] if compared.machine.judged else ""
-    old = escape(describe(compared.old))
-    link = f'<a href="#changes-section">since {old}</a>'
-    return f'<p class="compared {state}">{escape(compared.verdict)} ({link})</p>'
+    link = f'<a href="#changes-section">since {escape(describe(compared.old))}</a>'
+    return f'<p class="compared {state}">{escape(compared.verdict)}<br>{link}</p>'
 
 
 def _verdict(text: str, decided: Decision | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..compare.result import Comparison
 from ..compare.rule import SLOWER
+from ..saved.speedups import CORE_SUFFIX
 from ..suite.cases import is_kernel
 from ..threshold.rule import NEEDED_SPEEDUP
 from . import history, tables
@@ -42,12 +43,14 @@ def data(
     rows: in the order of the page's table, by whose number a point finds its line.
     """
     kernels = [at for at, row in enumerate(rows) if is_kernel(row["method"])]
+    there = {rows[at]["method"] for at in kernels}
+    of_ours_first = (method for name in tables.kernels(rows) for method in (name, name + CORE_SUFFIX))
     lender, lent = history.peers(past, rows)
     return {
         "columns": COLUMNS,
         "rows": [_values(row) for row in rows],
         "labels": LABELS,
-        "kernels": list(dict.fromkeys(rows[at]["method"] for at in kernels)),
+        "kernels": [method for method in of_ours_first if method in there],
         "needed": NEEDED_SPEEDUP,
         "slower": SLOWER,
         "thresholds": dict(thresholds),

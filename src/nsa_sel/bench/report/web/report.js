@@ -17,7 +17,8 @@ const COLOURS = [
   ["#3a9bd0", "#9fd3f5"], ["#009E73", "#3ccf9f"], ["#555555", "#cccccc"], ["#8C564B", "#d6a08f"],
   ["#7B3FA0", "#c39bea"], ["#17899b", "#4fd0e0"], ["#111111", "#ffffff"], ["#6b7a00", "#c6d84a"],
 ];
-const SYMBOLS = ["circle", "rect", "triangle", "diamond", "roundRect", "pin", "arrow"];
+const SYMBOLS = ["circle", "rect", "triangle", "diamond", "path://M0,3H3V0H6V3H9V6H6V9H3V6H0Z", "path://M0,0H10L5,9Z",
+  "path://M3,0H7L10,5L7,9H3L0,5Z"]; // the last three: a plus, a triangle that stands on its tip, a hexagon
 // Speed-up from which a cell of the heat map has this colour, and that of the number in it.
 const HEAT = [[0, "#b3400c", "#fff"], [1, "#f2b27a", "#000"], [data.needed, "#dcebf5", "#000"],
   [1.5, "#a5cce6", "#000"], [2, "#6aa9d6", "#000"], [3, "#2f76b0", "#fff"], [5, "#14487a", "#fff"]];
