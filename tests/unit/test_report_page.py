@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
 
 CASES = [c for c in cases.matrix("full") if c.family != "rows" or (c.H == 8 and c.L in (64, 512))]
 EVIL = "rows-</script><img src=x onerror=\"document.title='ran'\">"
-# What steps may use: `pictures(name)` are the drawn panels of a picture, `choose` sets a filter, `mouse` goes to a point.
+# For steps: `pictures(name)` are the drawn panels of a picture, `choose` sets a filter, `mouse` goes to a point.
 TOOLS = """
 const panels = [...document.querySelectorAll(".panel > div")];
 const drawnFirst = panels.filter(panel => echarts.getInstanceByDom(panel)).length;

@@ -122,7 +122,7 @@ const PICTURES = {
     if (!series.length) return [];
     series[0].markLine = guide([{ yAxis: 100 * data.slower }, { yAxis: 0, lineStyle: { type: "solid", width: 1 } }],
       variable("--soft"));
-    return [{ height: 360, option: chart("slower (+) or faster (−) by %, against the old time in µs", series,
+    return [{ height: 360, option: chart("change in %, against the old time in µs", series,
       axis("log", "µs, old"), axis("value", "")) }];
   },
 
@@ -157,8 +157,10 @@ const PICTURES = {
 
 update();
 dark.addEventListener("change", draw);
-let waiting = 0;
+let width = innerWidth, waiting = 0;
 addEventListener("resize", () => {
+  if (innerWidth === width) return; // a phone's address bar changes the height at every scroll
+  width = innerWidth;
   cancelAnimationFrame(waiting);
   waiting = requestAnimationFrame(draw);
 });

@@ -186,6 +186,7 @@ function show(panel) {
   }
   drawn.resize();
   drawn.setOption(withRoom(panel.option, panel.clientWidth), true);
+  drawn.getZr().flush(); // now and not in the next frame: a printer does not wait
   panel.option = null;
 }
 const everyPanel = () => document.querySelectorAll(".panel > div");
