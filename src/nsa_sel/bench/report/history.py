@@ -11,7 +11,7 @@ from ..saved.run import RunError, Saved
 from ..suite.cases import PEER_METHODS
 from . import tables
 
-MOST_RUNS = 30  # a file has megabytes, and each becomes a part of the page
+MOST_RUNS = 20  # each adds some 17 kB to the page, which is to stay below 4 MB
 
 
 @dataclass(frozen=True)
