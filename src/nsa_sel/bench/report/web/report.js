@@ -138,6 +138,8 @@ function axis(type, name, more = {}) {
   const line = { lineStyle: { color: variable("--line") } };
   const text = { color: variable("--fg"), fontSize: 11, lineHeight: 14, hideOverlap: true,
     ...(type === "category" ? {} : { formatter: String }), ...more.axisLabel };
+  const alone = factor => ({ min, max }) => (min === max ? min * factor : null); // else a lone value has 20 octaves
+  if (type === "log") more = { min: alone(0.5), max: alone(2), ...more };
   return { type, name, nameLocation: "middle", nameGap: 28, logBase: 2, nameTextStyle: { color: variable("--soft") },
     axisLine: line, axisTick: line, splitLine: { show: type !== "category", ...line }, ...more, axisLabel: text };
 }
