@@ -105,7 +105,7 @@ def entry_of(
         **{name: getattr(case, name) for name in ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "seed")},
         "scope": scope(method),
         "bytes": size,
-        "bytes_rows": size,
+        "bytes_rows": size * (4 if case.family == "prefill" else 1),  # more than `bytes` where rows share tokens
         "gbps": size / device / 1e3,
         "limit_us": _limit_us(case),
         "pct_of_limit": None if case.family == "prefill" else 100 * _limit_us(case) / device,

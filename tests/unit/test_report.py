@@ -1,11 +1,10 @@
-"""The report's files from synthetic runs, and the page in a real browser where there is one."""
+"""The report's files from synthetic runs; `test_report_page.py` looks at the page in a browser."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,15 +13,15 @@ import pytest
 import saved_runs
 
 from nsa_sel.bench.report import command as report_command
+from nsa_sel.bench.report import page as report_page
 from nsa_sel.bench.report import tables as report_tables
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.suite import cases
 from nsa_sel.config import SelConfig
 
-EVIL = 'rows-<script>alert("x")</script>|$x^2$&amp;'
+EVIL = 'rows-</script><img src=x onerror="alert(1)"><script>alert("x")</script>|$x^2$&amp;'
 HOT = [c for c in cases.matrix("full") if c.hot or c.family == "prefill"]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DEFAULTS = SelConfig()
 
 
@@ -66,12 +65,14 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.sources: list[str] = []
+        self.pictures: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.pictures += [value or "" for name, value in attrs if name == "data-picture"]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -83,28 +84,46 @@ def test_the_command_writes_four_files(gpu_report):
 
 def test_the_page_is_self_contained_and_says_the_verdict_first(gpu_report):
     page = Page((gpu_report / "report.html").read_text())
-    assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
-    assert page.tags.count("script") == 1 and "link" not in page.tags
+    assert all(source in ("results.csv", "results.md") or source.startswith("#") for source in page.sources)
+    assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
+    assert page.tags.count("script") == 3  # the figures, the library, ours
+    assert (gpu_report / "report.html").stat().st_size < 4e6
     verdict = f"On {saved_runs.GPU}, Triton is safe to switch on from L = 32"
     assert verdict in page.text
-    assert page.text.index(verdict) < page.text.index("From which length on")
+    assert page.text.index("FAIL, 9 slower") < page.text.index(verdict) < page.text.index("From which length on")
+
+
+@pytest.mark.parametrize("times_old, state", [(1.0, "pass"), (1.5, "fail")])
+def test_the_comparison_stands_at_the_top_in_its_colour(tmp_path, times_old, state):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    old, data = (saved_runs.run([c for c in HOT if c.family == "rows"]) for _ in range(2))
+    for entry in data["benchmarks"]:
+        if entry["extra_info"]["method"] == "triton":
+            entry["stats"] |= {name: entry["stats"][name] * times_old for name in ("median", "q1", "q3")}
+    files = saved_runs.save(data, tmp_path / "0002_new.json"), saved_runs.save(old, tmp_path / "0001_old.json")
+    report_command.write(*files, tmp_path / "out", DEFAULTS)
+    first = (tmp_path / "out/report.html").read_text().split("</h1>")[1].strip()
+    assert first.startswith(f'<p class="compared {state}">')
 
 
 def test_the_page_holds_every_section(gpu_report):
     page = Page((gpu_report / "report.html").read_text())
     for title in (
         "From which length on",
+        "Speed-up by shape",
         "Speed-up against length",
         "Time against bytes",
         "Decode",
         "Prefill",
+        "History",
         "Summary",
         "What changed since the baseline",
         "Environment",
         "All configurations",
     ):
-        assert title in page.text
-    assert page.tags.count("img") == 4
+        assert page.text.count(title) >= 2  # in the contents too
+    assert page.pictures == ["heat", "speedup", "bytes", "decode", "prefill", "changes"]
+    assert "No other saved run of this GPU was found." in page.text
     assert "verdict: FAIL, 9 slower" in page.text
     assert re.search(r"ragged-bf16-\S+ triton .*\+50\.0 %", page.text)
     for value in (*saved_runs.IDENTITY.values(), "device: 2.8, graph: 1.1", "540 MB: 121.0"):
@@ -144,11 +163,12 @@ def saved_of(data: dict) -> Saved:
 
 def test_names_in_a_run_are_data(tmp_path):
     pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
-    out = write(tmp_path, renamed(saved_runs.run(HOT), EVIL))
-    text = (out / "report.html").read_text()
-    assert EVIL not in text
-    page = Page(text)
-    assert page.tags.count("script") == 1
+    data = renamed(saved_runs.run(HOT), EVIL)
+    data["commit_info"]["id"] = data["datetime"] = EVIL
+    data[runs.MARK] = {"not_timed": [{"case": HOT[1].id, "method": "dense", "reason": EVIL}]}
+    out = write(tmp_path, data)
+    page = Page((out / "report.html").read_text())
+    assert page.tags.count("script") == 3 and "img" not in page.tags
     assert EVIL in page.text  # shown as it is
     assert "<script" not in (out / "results.md").read_text()
     assert "<script" not in (out / "speedup.svg").read_text()
@@ -169,7 +189,7 @@ def test_a_cpu_run_renders_and_says_that_it_has_no_gpu_figures(tmp_path):
     out = write(tmp_path, saved_runs.cpu_run(cases.matrix("smoke")))
     page = Page((out / "report.html").read_text())
     assert report_command.NO_GPU in page.text
-    assert "Wall-clock time" in page.text and "img" not in page.tags
+    assert "Wall-clock time" in page.text and not page.pictures
     assert report_command.NO_GPU in (out / "results.md").read_text()
     assert not (out / "speedup.svg").exists()
 
@@ -179,7 +199,7 @@ def test_a_hot_run_renders_without_a_verdict(tmp_path):
     page = Page((write(tmp_path, saved_runs.run([c for c in HOT if c.hot])) / "report.html").read_text())
     assert "support no threshold" in page.text
     assert "No such case with a time of the kernel in this run." in page.text  # no prefill
-    assert page.tags.count("img") == 3
+    assert page.pictures == ["heat", "speedup", "bytes", "decode"]
 
 
 def test_the_page_names_opponents_and_what_was_not_judged(tmp_path):
@@ -222,41 +242,131 @@ def test_a_damaged_run_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_works_in_a_browser(gpu_report, tmp_path):
-    """Let the page's own script filter and sort, and read back what it made of it."""
-    text = (gpu_report / "report.html").read_text()
-    # A second page, without the policy that would forbid this test's script.
-    text = re.sub(r"<meta http-equiv.*>", "", text)
-    steps = """<script>addEventListener("load", () => {
-      const filterBox = document.getElementById("filter");
-      filterBox.value = "L512 prefill core"; filterBox.dispatchEvent(new Event("input"));
-      document.querySelectorAll("#all th")[3].click();
-      const left = [...document.querySelectorAll("#all tbody tr")].filter(row => !row.hidden);
-      document.title = JSON.stringify([left.map(row => Number(row.cells[3].textContent)),
-        document.documentElement.scrollWidth <= innerWidth,
-        [...document.images].map(image => image.naturalWidth > 0)]);
-    })</script>"""
-    page = tmp_path / "page.html"
-    page.write_text(text.replace("</body>", f"{steps}</body>"))
-    said = browse(tmp_path, page)
-    title = re.search(r"<title>(.*?)</title>", said.stdout)
-    assert title
-    times, fits, drawn = json.loads(title[1])
-    assert len(times) == 2 * sum(c.family == "prefill" and c.L == 512 for c in cases.matrix("full"))
-    assert times == sorted(times)
-    assert fits and drawn == [True] * 4
+# --- what the pictures are drawn from ---
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_has_no_console_message(gpu_report, tmp_path):
-    assert "CONSOLE" not in browse(tmp_path, gpu_report / "report.html").stderr
+def figures(text: str) -> dict:
+    """Return the figures in a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
 
 
-def browse(folder: Path, page: Path) -> subprocess.CompletedProcess[str]:
-    """Open a page headless and return the DOM that its script left (stdout) and the browser's log (stderr)."""
-    assert BROWSER is not None
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    more = f"--disable-component-update --user-data-dir={folder / 'profile'} --enable-logging=stderr --dump-dom"
-    command = [BROWSER, *options.split(), *more.split(), page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+def stored(folder: Path, number: int, data: dict, commit: str = "c0ffee", **of_entry: str) -> Path:
+    """Save a run as the storage's number so and so, a day later each; of_entry: replaces what every entry says."""
+    for entry in data["benchmarks"]:
+        entry["extra_info"] |= of_entry
+    data |= {"datetime": f"2026-11-{number:02}T10:00:00+00:00", "commit_info": {"id": commit, "dirty": False}}
+    return saved_runs.save(data, folder / f"machine-NVIDIA-Synthetic/{number:04}_run.json")
+
+
+def test_the_history_is_of_the_saved_runs_of_one_gpu(tmp_path):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    some = [c for c in HOT if c.hot]
+    stored(tmp_path, 1, saved_runs.run(some[:5], 2.0), "0ld", gpu_id="other")
+    stored(tmp_path, 2, saved_runs.run(some), gpu="NVIDIA Synthetic!")  # a name of the same folder
+    saved_runs.save({}, tmp_path / "machine-NVIDIA-Synthetic/0003_damaged.json")
+    path = stored(tmp_path, 4, saved_runs.run(some), "new")
+    report_command.write(path, None, tmp_path / "out", DEFAULTS, tmp_path)
+    found = figures((tmp_path / "out/report.html").read_text())
+    history, rows = found["history"], [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+    assert [(run["commit"], run["card"], run["reported"]) for run in history["runs"]] == [
+        ("0ld", "other", False),
+        ("new", "0f1e2d", True),
+    ]
+    ours = [i for i, at in enumerate(history["rows"]) if rows[at]["method"] == "triton"]
+    by_case = {rows[history["rows"][i]]["case"]: [of_run[i] for of_run in history["speedup"]] for i in ours}
+    assert by_case == {case.id: [2.0 if case in some[:5] else None, 3.0] for case in some}
+    assert all(history["time"][1][i] == rows[history["rows"][i]]["device_us"] for i in ours)
+
+
+def test_prefill_stands_beside_dense_sdpa_and_peers_though_another_run_measured_them(tmp_path):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib")
+    prefill = [c for c in HOT if c.family == "prefill"][:2]
+    beside = saved_runs.run(prefill)
+    beside["benchmarks"] += [
+        saved_runs.entry_of(case, method, {"device": 50.0}, 0.01, saved_runs.IDENTITY)
+        for case in prefill
+        for method in ("dense", "fla_nsa")
+    ]
+    with_peers = stored(tmp_path, 1, beside)
+    without = stored(tmp_path, 2, saved_runs.run(prefill[:1]))
+    for path, lender, cases_lent in ((with_peers, "", []), (without, "0001_run.json (2026-11-01", [prefill[0].id] * 2)):
+        report_command.write(path, None, tmp_path / "out", DEFAULTS, tmp_path)
+        found = figures((tmp_path / "out/report.html").read_text())
+        assert lender in found["lender"] and bool(lender) == bool(found["lender"])
+        assert [row[0] for row in found["lent"]] == cases_lent
+
+
+def test_operations_per_second_are_given_where_rows_share_k_and_v():
+    shared, own = (next(c for c in HOT if c.family == family) for family in ("prefill", "rows"))
+    data = saved_runs.run([shared, own])
+    data["benchmarks"].append(saved_runs.entry_of(shared, "dense", {"device": 50.0}, 0.01, saved_runs.IDENTITY))
+    selected = 369 * shared.N  # tokens of all rows: the causal limit cuts some short
+    q_and_out = shared.N * shared.H * (shared.D + shared.Dv) * 2
+    for entry in data["benchmarks"]:
+        if entry["extra_info"]["case"] == shared.id:
+            rows_bytes = selected * (shared.D + shared.Dv) * 2 + q_and_out
+            entry["extra_info"] |= {"bytes_rows": rows_bytes, "bytes": rows_bytes / 10}
+    rows = {(r["case"], r["method"]): r for r in report_tables.table(saved_of(data))}
+    triton = rows[shared.id, "triton"]
+    operations = 2 * shared.H * selected * (shared.D + shared.Dv)  # a product for QK, and one for PV
+    assert triton["tflops"] == pytest.approx(operations / triton["device_us"] / 1e6)
+    assert rows[own.id, "triton"]["tflops"] is None
+    assert rows[shared.id, "dense"]["tflops"] is None  # other work
+    head, *lines = report_tables.summary(list(rows.values()))
+    assert {line[1]: line[head.index("TFLOP/s (op)")] for line in lines}["prefill"].startswith(
+        f"{triton['tflops']:.0f}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        ("git@example.org:team/nsa.git", "https://example.org/team/nsa/commit/"),
+        ("ssh://git@example.org:2222/team/nsa.git", "https://example.org/team/nsa/commit/"),
+        ("https://user:secret@example.org/team/nsa", "https://example.org/team/nsa/commit/"),
+        ("/srv/nsa.git", None),
+        ("javascript://example.org/%0aalert(1)", None),
+    ],
+)
+def test_the_commit_is_linked_where_the_remote_shows_it(remote, page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (
+        ["init", "-q"],
+        [*who, "commit", "-q", "--allow-empty", "-m", "x"],
+        ["remote", "add", "origin", remote],
+        ["update-ref", "refs/remotes/origin/main", "HEAD"],
+    ):
+        subprocess.run(["git", *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert report_command.commit_url(commit) == (f"{page}{commit}" if page else "")
+    assert report_command.commit_url("0" * 40) == report_command.commit_url("HEAD") == ""
+    subprocess.run(["git", "update-ref", "-d", "refs/remotes/origin/main"], check=True)
+    assert report_command.commit_url(commit) == ""  # it was not pushed
+
+
+LIGHT, DARK = (
+    dict(re.findall(r"--([\w-]+): (#\w+);", block))
+    for block in re.findall(r":root \{(.*?)\}", (report_page.WEB / "report.css").read_text(), re.DOTALL)[:2]
+)
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_is_legible_on_its_background(colours):
+    pairs = [(text, under) for text in ("fg", "soft", "link") for under in ("bg", "panel")]
+    pairs += [(state, f"{state}-bg") for state in ("good", "bad", "doubt")] + [
+        ("fg", f"{s}-bg") for s in ("good", "doubt")
+    ]
+    for text, under in [*pairs, ("fg", "mark")]:
+        lighter, darker = sorted((luminance(colours[name]) for name in (text, under)), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, under)
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of #rgb or #rrggbb, as WCAG defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

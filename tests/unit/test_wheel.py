@@ -68,6 +68,11 @@ def test_the_wheel_carries_the_files_that_the_package_reads(wheel):
         assert content.read("nsa_sel/base.yaml") == (ROOT / "configs/base.yaml").read_bytes()
         assert content.read("nsa_sel/tests/suite.ini") == (ROOT / "pytest.ini").read_bytes()
         assert {"nsa_sel/bench/compare/noise.json", "nsa_sel/py.typed"} <= set(content.namelist())
+        of_the_page = {path.name for path in (ROOT / "src/nsa_sel/bench/report/web").iterdir()}
+        assert {f"nsa_sel/bench/report/web/{name}" for name in of_the_page} <= set(content.namelist())
+        assert any(
+            name.endswith("licenses/src/nsa_sel/bench/report/web/echarts.LICENSE") for name in content.namelist()
+        )
 
 
 def test_the_wheel_carries_every_module_and_of_the_tests_both_suites(wheel):

@@ -85,6 +85,7 @@ class Comparison:
     suspects: tuple[Change, ...] = ()  # beyond the noise, but not by the whole rule
     improvements: tuple[Change, ...] = ()
     noise: tuple[Change, ...] = ()
+    same: tuple[Change, ...] = ()  # neither slower nor faster
     cleared: tuple[Change, ...] = ()  # looked slower, and were not when measured again
     warnings: tuple[Change, ...] = ()  # call time and graph time
     missing: tuple[Key, ...] = ()

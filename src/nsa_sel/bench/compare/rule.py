@@ -130,6 +130,7 @@ def compare(old: Run, new: Run) -> Comparison:
         suspects=_worst_first(found["suspect"]),
         improvements=_worst_first(found["faster"])[::-1],
         noise=_worst_first(found["noise"]),
+        same=_worst_first(found["same"]),
         warnings=_worst_first(warnings),
         roll_up=tuple(_rolled_up(*key, values) for key, values in ratios.items()),
         assumed_noise=judge.noise.gpu if judge.noise.assumed else "",

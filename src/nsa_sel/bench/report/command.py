@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from ..tables import replace_file
 from ..threshold.judged import ThresholdError
 from ..threshold.rule import Decision, decide
 from ..threshold.write import sentence
-from . import page, plots, tables
+from . import history, page, pictures, plots, tables
 
 NO_GPU = "This run has no GPU figures: what is timed was timed on the CPU, and no threshold follows from it."
 
@@ -32,8 +34,10 @@ def judge(saved: Saved, kernel: str = TRITON["op"]) -> tuple[str, Decision | Non
     return sentence(decided), decided
 
 
-def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Path]:
+def write(run: Path, old: Path | None, out: Path, config: SelConfig, folder: Path | None = None) -> list[Path]:
     """Write report.html, results.csv, results.md and the speed-up plot of a run to a folder; return the files.
+
+    folder: the storage whose runs are the page's history.
 
     Raises: RunError or ThresholdError if a run cannot be read or judged; ImportError without the plotting library.
     """
@@ -43,36 +47,46 @@ def write(run: Path, old: Path | None, out: Path, config: SelConfig) -> list[Pat
     verdicts = {kernel: judge(saved, kernel) for kernel in tables.kernels(rows)[: None if saved.run.on_gpu else 1]}
     (kernel, (_, decided)), *others = verdicts.items()
     chosen, source = chosen_length(saved.run.gpu, decided, config)
+    lengths = {kernel: chosen, **{name: judged.min_L if judged else None for name, (_, judged) in others}}
     # Without a GPU there is nothing to plot; a case without a length has no place on an axis.
     drawn = [r for r in rows if r["L"] and r["N"]] if decided else []
-    pictures = {
-        "speedup": plots.speedup_by_length(drawn, chosen, kernel),
-        **{
-            f"speedup {name}": plots.speedup_by_length(drawn, judged.min_L if judged else None, name)
-            for name, (_, judged) in others
-        },
-        "bytes": plots.time_by_bytes(drawn, tables.read_limit(saved.machine)),
-        "decode": plots.decode_times(drawn),
-        "prefill": plots.prefill_times(drawn),
-    }
+    plotted = {name: plots.speedup_by_length(drawn, length, name) for name, length in lengths.items()}
+    files = storage.saved_runs(folder, saved.run.gpu) if folder and decided else []
+    past = history.read(files, saved, rows)
+    figures = pictures.data(rows, tables.read_limit(saved.machine), lengths, compared, past)
     beside, notes = tables.peers(saved)
     heading = f"nsa_sel on {saved.run.gpu}, {saved.run.datetime[:10] or 'undated'}"
+    said = list(verdicts.values())
+    url = commit_url(saved.commit)
     texts = {
-        "report.html": page.render(
-            heading, list(verdicts.values()), source, saved, rows, pictures, compared, beside, notes
-        ),
+        "report.html": page.render(heading, said, source, saved, rows, figures, compared, beside, notes, url),
         "results.csv": tables.csv_text(rows),
-        "results.md": tables.markdown_text(heading, [text for text, _ in verdicts.values()], rows, beside, notes),
+        "results.md": tables.markdown_text(heading, [text for text, _ in said], rows, beside, notes),
     }
     texts |= {
-        f"{name.replace(' ', '-')}.svg": picture
-        for name, picture in pictures.items()
-        if picture and name.startswith("speedup")
+        "speedup.svg" if name == kernel else f"speedup-{name}.svg": plot for name, plot in plotted.items() if plot
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         replace_file(out / name, text)
     return [out / name for name in texts]
+
+
+def commit_url(commit: str) -> str:
+    """Return where a browser finds a commit that this repository's `origin` has; "" if that is not known."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20).stdout.strip()
+
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        return ""
+    try:
+        there = git("for-each-ref", "--count=1", "--contains", commit, "refs/remotes/origin")
+        remote = git("remote", "get-url", "origin") if there else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    known = re.fullmatch(r"(?:https://|ssh://)?(?:[^@/]+@)?([\w.-]+\.\w+)(?::\d+)?[:/]([\w./~-]+?)(?:\.git)?/?", remote)
+    return f"https://{known[1]}/{known[2]}/commit/{commit}" if known else ""
 
 
 def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tuple[int | None, str]:
@@ -105,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = storage.folder(args.storage)
     try:
         *old, new = (storage.find(run, folder) for run in args.runs)
-        for path in write(new, old[0] if old else None, args.out, SelConfig.load(env={})):
+        for path in write(new, old[0] if old else None, args.out, SelConfig.load(env={}), folder):
             print(path)
     except (RunError, ThresholdError, ConfigError, OSError) as error:
         print(f"nsa-sel report: {error}", file=sys.stderr)

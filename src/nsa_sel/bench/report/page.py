@@ -1,4 +1,4 @@
-"""The report's page: one HTML file without any outside reference; every text in it is escaped."""
+"""The report's page: one HTML file that fetches nothing; every text in it is escaped."""
 
 from __future__ import annotations
 
@@ -6,79 +6,50 @@ import base64
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from ..compare.result import Comparison, describe
 from ..saved.run import Saved
 from ..saved.speedups import TRITON
 from ..threshold.rule import DECIDING_LAUNCH, NEEDED_SPEEDUP, Decision, Threshold
-from . import tables
+from . import pictures, tables
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1280px;
-  margin: 0 auto; padding: 24px 24px 64px; }
-h1 { font-size: 1.5rem; margin: 0 0 4px; }
-h2 { font-size: 1.15rem; margin: 40px 0 8px; border-bottom: 1px solid #d0d0d0; padding-bottom: 4px; }
-.verdict { font-size: 1.15rem; font-weight: 600; border-left: 5px solid #0072B2; background: #f1f6fa;
-  padding: 12px 16px; margin: 16px 0 8px; }
-.verdict.off { border-color: #D55E00; background: #fcf3ee; }
-.note { color: #555; margin: 4px 0 10px; max-width: 90ch; }
-img { width: 100%; max-width: 1120px; height: auto; display: block; }
-.scroll { overflow: auto; max-height: 42rem; }
-#all { border: 1px solid #d0d0d0; }
-table { border-collapse: collapse; font-size: 13px; }
-#all { font-size: 11.5px; } #all th, #all td { padding: 2px 5px; } #all th, #all td:last-child { white-space: normal; }
-th, td { padding: 3px 9px; text-align: right; border-bottom: 1px solid #ececec; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th { background: #f4f4f4; position: sticky; top: 0; vertical-align: bottom; }
-.left { text-align: left; }
-.wrap td, .wrap th { white-space: normal; text-align: left; overflow-wrap: anywhere; }
-#all th { cursor: pointer; }
-#all th[aria-sort=ascending]::after { content: " ▲"; }
-#all th[aria-sort=descending]::after { content: " ▼"; }
-#filter { font: inherit; padding: 4px 8px; width: min(36rem, 95%); margin: 4px 12px 8px 0; }
-pre { background: #f6f6f6; padding: 10px 12px; overflow: auto; font-size: 12.5px; max-height: 26rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 11px; }
-  .scroll, pre { overflow: visible; max-height: none; border: 0; white-space: pre-wrap; }
-  table { font-size: 9.5px; } #all { font-size: 6.5px; }
-  th { position: static; } #all th, #all td { padding: 1px 2px; }
-  section, tr { break-inside: avoid; } h2 { break-after: avoid; } .screen { display: none; }
-}
-"""
-
-_SCRIPT = """
-const table = document.getElementById("all"), body = table.tBodies[0], rows = [...body.rows];
-const filter = document.getElementById("filter"), shown = document.getElementById("shown");
-filter.addEventListener("input", () => {
-  const words = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  let count = 0;
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every(word => text.includes(word));
-    count += !row.hidden;
-  }
-  shown.textContent = `${count} of ${rows.length} rows`;
-});
-function sortBy(head) {
-  const up = head.getAttribute("aria-sort") !== "ascending", at = head.cellIndex;
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = row => row.cells[at].textContent;
-  const numbers = rows.every(row => value(row) === "" || !isNaN(value(row)));
-  rows.sort((a, b) => {
-    const x = value(a), y = value(b);
-    if (x === "" || y === "") return (x === "") - (y === "");
-    return (numbers ? x - y : x.localeCompare(y)) * (up ? 1 : -1);
-  });
-  body.append(...rows);
-}
-for (const head of table.tHead.rows[0].cells) {
-  head.tabIndex = 0;
-  head.addEventListener("click", () => sortBy(head));
-  head.addEventListener("keydown", event => { if (event.key === "Enter") sortBy(head); });
-}
-"""
+WEB = Path(__file__).with_name("web")
+# name, title, note; what each shows is in web/pictures.js
+_PICTURES = (
+    (
+        "heat",
+        "Speed-up by shape",
+        f"Over the fastest SDPA form of the scope. Orange: slower; white: up to {NEEDED_SPEEDUP}x; blue: faster.",
+    ),
+    (
+        "speedup",
+        "Speed-up against length",
+        "Line: geomean over the head shapes; dots: each of them. "
+        f"Above {NEEDED_SPEEDUP}x (dashed) it is worth it; dotted: the length from which it is switched on.",
+    ),
+    (
+        "bytes",
+        "Time against bytes",
+        "Line: the time that this card takes merely to read so many bytes. Without prefill: its rows share K, V.",
+    ),
+    ("decode", "Decode", "Geomean over the head shapes and contexts. Packing is inside SDPA's time."),
+    (
+        "prefill",
+        "Prefill",
+        "One line a case, the fastest at the bottom. Packing is inside SDPA's time. Dense SDPA attends to the whole "
+        "context: other work, for scale. Rows share K and V, so that operations and not bytes are the measure.",
+    ),
+    (
+        "history",
+        "History",
+        "Saved runs of this GPU by date, named by commit; hollow: measured on another card of the name. A run counts "
+        "in the cases that it shares with this one.",
+    ),
+)
+_MISSING = {"history": "No other saved run of this GPU was found."}
+_NO_CASE = "No such case with a time of the kernel in this run."
 
 
 def render(
@@ -87,54 +58,96 @@ def render(
     source: str,
     saved: Saved,
     rows: Sequence[tables.Row],
-    pictures: Mapping[str, str | None],
+    figures: Mapping[str, Any],
     compared: Comparison | None,
     beside: Sequence[Sequence[str]] = (),
     notes: Sequence[str] = (),
+    commit_url: str = "",
 ) -> str:
     """Return the page. verdicts: of each kernel, a sentence and the decision behind it, None without GPU figures.
-    pictures: SVG text by name (speedup, one more of each other kernel, bytes, decode, prefill); None: nothing to show.
-    beside, notes: the table of peers and what is said of it.
+    figures: what the pictures are drawn from. beside, notes: the table of peers and what is said of it.
 
     A content security policy forbids every outside reference, and every script but the page's own.
     """
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = [f"<h1>{escape(heading)}</h1>"]
-    for verdict, decided in verdicts:
-        state = "" if decided and decided.min_L is not None else " off"
-        body.append(f'<p class="verdict{state}">{escape(verdict)}</p>')
     decisions = [decided for _, decided in verdicts if decided]
-    body += [
-        f'<p class="note">{escape(source)}</p>' if source else "",
-    ]
-    for decided in decisions:
-        body += _threshold(decided)
+    sections = {"thresholds": [line for decided in decisions for line in _threshold(decided)]}
     if decisions:
-        body += [
-            *_pictures(pictures),
+        sections |= _pictures(rows, figures)
+        sections["summary"] = [
             "<h2>Summary</h2>",
             _note("Each kernel over the fastest SDPA form of the same scope: geomean (worst case)."),
             _table(tables.summary(rows), left={0, 1, 2}),
         ]
     if beside:
-        body += ["<h2>Peers</h2>", _note(tables.PEERS_NOTE), _table(beside, left={0}), *map(_note, notes)]
-    body += _changes(compared)
-    body += [
-        "<h2>Environment</h2>",
-        f'<div class="wrap">{_table(_environment(saved))}</div>',
-        *_all(rows, gpu=bool(decisions)),
+        sections["peers"] = ["<h2>Peers</h2>", _note(tables.PEERS_NOTE), _table(beside, left={0}), *map(_note, notes)]
+    sections["changes"] = _changes(compared, bool(figures["changes"]))
+    environment = _table(_environment(saved))
+    sections["environment"] = ["<h2>Environment</h2>", f'<div class="wrap">{environment}</div>']
+    sections["all"] = _all(rows, gpu=bool(decisions))
+    titles = {name: _title(lines) for name, lines in sections.items() if lines}
+    body = [
+        f"<h1>{escape(heading)}</h1>",
+        _compared(compared),
+        *(_verdict(*verdict) for verdict in verdicts),
+        _note(source) if source else "",
+        _contents(titles, saved.commit, commit_url),
+        '<div id="filters" class="screen"></div>',
+        *(f'<section id="{name}-section">\n{_lines(lines)}\n</section>' for name, lines in sections.items() if lines),
     ]
-    return "\n".join(
+    scripts = [_web("echarts.min.js")] if decisions else []
+    scripts.append(_web("report.js") + _web("pictures.js"))
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in scripts
+    )
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}"
+    return _lines(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(heading)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            *filter(None, body),
-            f"<script>{_SCRIPT}</script>\n</body>\n</html>\n",
+            f"<title>{escape(heading)}</title>\n<style>{_web('report.css')}</style>\n</head>\n<body>",
+            *body,
+            f'<script type="application/json" id="data">{pictures.as_json(figures)}</script>',
+            *(f"<script>{each}</script>" for each in scripts),
+            "</body>\n</html>\n",
         ]
     )
+
+
+def _web(name: str) -> str:
+    return (WEB / name).read_text(encoding="utf-8")
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(filter(None, lines))
+
+
+def _title(lines: Iterable[str]) -> str:
+    """Return the text, still escaped, of a section's first heading."""
+    first = next(line for line in lines if line.startswith("<h2>"))
+    return first.removeprefix("<h2>").removesuffix("</h2>")
+
+
+def _compared(compared: Comparison | None) -> str:
+    if compared is None:
+        return ""
+    state = {0: "pass", 1: "fail", 3: "suspect"}[compared.exit_code] if compared.machine.judged else ""
+    link = f'<a href="#changes-section">since {escape(describe(compared.old))}</a>'
+    return f'<p class="compared {state}">{escape(compared.verdict)}<br>{link}</p>'
+
+
+def _verdict(text: str, decided: Decision | None) -> str:
+    state = "" if decided and decided.min_L is not None else " off"
+    return f'<p class="verdict{state}">{escape(text)}</p>'
+
+
+def _contents(titles: Mapping[str, str], commit: str, commit_url: str) -> str:
+    links = [f'<a href="#{name}-section">{title}</a>' for name, title in titles.items()]
+    links += ['<a href="results.csv">CSV</a>', '<a href="results.md">Markdown</a>']
+    if commit:
+        said = f"commit {escape(commit[:10])}"
+        links.append(f'<a href="{escape(commit_url)}">{said}</a>' if commit_url else f"<span>{said}</span>")
+    return f"<nav>{' '.join(links)}</nav>"
 
 
 def _threshold(decided: Decision) -> list[str]:
@@ -166,39 +179,46 @@ def _threshold_line(t: Threshold) -> list[str]:
     return [t.regime, t.dtype, t.launch, value, *counts, opponents, bound, t.deciding.case]
 
 
-def _pictures(pictures: Mapping[str, str | None]) -> list[str]:
-    shown = {
-        "speedup": (
-            "Speed-up against length",
-            "Line: geomean over the head shapes; band: worst to best of them. Above 1.2x (dashed) it is worth it.",
-        ),
-        "bytes": (
-            "Time against bytes",
-            "Black: the time that this card takes merely to read so many bytes. Without prefill: its rows share K, V.",
-        ),
-        "decode": ("Decode", "Geomean over the head shapes and contexts; band: fastest to slowest. Packing is inside."),
-        "prefill": ("Prefill", "One line a case, the fastest at the bottom. Packing is inside SDPA's time."),
+def _pictures(rows: Sequence[tables.Row], figures: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the sections of the pictures; one without a figure says so."""
+    ours = [row for row in rows if row["method"] in figures["kernels"] and row["L"] and row["N"]]
+    families = {row["family"] for row in ours}
+    there = {
+        "heat": any(row["speedup"] for row in ours),
+        "speedup": any(row["speedup"] for row in ours),
+        "bytes": any(row["bytes"] for row in ours if row["family"] != "prefill"),
+        "decode": "decode" in families,
+        "prefill": "prefill" in families,
+        "history": len(figures["history"]["runs"]) > 1,
     }
-    parts = []
-    for name, picture in pictures.items():
-        kind, _, kernel = name.partition(" ")
-        title, note = shown[kind]
-        title += f": {kernel}" if kernel else ""
-        if picture is None:
-            content = _note("No such case with a time of the kernel in this run.")
-        else:
-            data = base64.b64encode(picture.encode()).decode()
-            content = f'{_note(note)}<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">'
-        parts.append(f"<section><h2>{escape(title)}</h2>{content}</section>")
-    return parts
+    found = {}
+    for name, title, note in _PICTURES:
+        content = _picture(name, note) if there[name] else [_note(_MISSING.get(name, _NO_CASE))]
+        found[name] = [f"<h2>{escape(title)}</h2>", *content]
+    return found
 
 
-def _changes(compared: Comparison | None) -> list[str]:
+def _picture(name: str, note: str) -> list[str]:
+    wide = " wide" if name in ("heat", "prefill", "history") else ""
+    return [
+        _note(note),
+        f'<div data-picture="{name}"><div class="panels{wide}"></div>',
+        '<p class="note nothing" hidden>Nothing of it passes the filters.</p></div>',
+    ]
+
+
+def _changes(compared: Comparison | None, judged: bool) -> list[str]:
     title = "<h2>What changed since the baseline</h2>"
     if compared is None:
         return [title, _note("No baseline was given.")]
     *found, verdict = compared.text().splitlines()
-    return [title, f"<p><strong>{escape(verdict)}</strong></p>", "<pre>" + escape("\n".join(found)) + "</pre>"]
+    note = "Each timing of a kernel as it was judged: what the machine explains is taken off. Dashed: what counts."
+    return [
+        title,
+        f"<p><strong>{escape(verdict)}</strong></p>",
+        *(_picture("changes", note) if judged else []),
+        "<pre>" + escape("\n".join(found)) + "</pre>",
+    ]
 
 
 def _environment(saved: Saved) -> list[list[str]]:
@@ -236,7 +256,7 @@ def _all(rows: Sequence[tables.Row], gpu: bool) -> list[str]:
         _note(f"{clock} time unless it says call or graph; speed-up over the fastest SDPA form of the same scope."),
         '<p class="screen"><input id="filter" type="search" placeholder="filter: words of a row, e.g. L512 many core" '
         f'aria-label="filter the rows"> <span id="shown">{len(rows)} of {len(rows)} rows</span></p>',
-        _table(lines, left={0, 1, 2, 14}, identity="all"),
+        f'<div id="all">{_table(lines, left={0, 1, 2, len(lines[0]) - 1})}</div>',
     ]
 
 
@@ -244,7 +264,7 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _table(lines: Sequence[Sequence[Any]], left: Container[int] = (), identity: str = "") -> str:
+def _table(lines: Sequence[Sequence[Any]], left: Container[int] = ()) -> str:
     """Return a table of texts, its first line the heading; left: the columns aligned to the left."""
 
     def cells(tag: str, texts: Iterable[Any]) -> str:
@@ -252,7 +272,6 @@ def _table(lines: Sequence[Sequence[Any]], left: Container[int] = (), identity: 
         return "".join(f"<{tag}{mark}>{escape(str(text))}</{tag}>" for mark, text in zip(marks, texts, strict=True))
 
     head, *body = lines
-    name = f' id="{identity}"' if identity else ""
     content = "\n".join(f"<tr>{cells('td', texts)}</tr>" for texts in body)
-    table = f"<table{name}><thead><tr>{cells('th', head)}</tr></thead>\n<tbody>\n{content}\n</tbody></table>"
+    table = f"<table><thead><tr>{cells('th', head)}</tr></thead>\n<tbody>\n{content}\n</tbody></table>"
     return f'<div class="scroll">{table}</div>'

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..saved.run import Saved, is_figure
 from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean, kernels_among, scope
-from ..suite.cases import FAMILIES, RECORDED
+from ..suite.cases import ELEMENT_BYTES, FAMILIES, RECORDED
 from ..tables import as_csv, as_markdown, printable
+from .screen import OTHER_WORK
 from .screen import peers as side_by_side
 
 Row = dict[str, Any]
@@ -33,6 +34,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "graph_speedup": ("graph speed-up", ".2f"),
     "gbps": ("GB/s", ".0f"),
     "pct_of_limit": ("% of limit", ".1f"),
+    "tflops": ("TFLOP/s", ".1f"),
     "mae": ("MAE", ".1e"),
     "ran": ("what ran", ""),
 }
@@ -55,6 +57,7 @@ def table(saved: Saved) -> list[Row]:
         row |= {"case": key[0], "method": key[1], "scope": scope(key[1]), "device_us": timing.median_us}
         row |= {"ms": timing.median_us / 1e3, "ci_low_ms": low / 1e3, "ci_high_ms": high / 1e3}
         row |= {"call_us": timing.call_us, "graph_us": timing.graph_us}
+        row["tflops"] = _tflops(row, _figure(extra.get("bytes_rows")))
         row["ran"] = str(extra.get("config") or extra.get("sdpa_backend") or "")
         rows.append(row)
     for name, time in SPEEDUPS.items():
@@ -68,7 +71,7 @@ def table(saved: Saved) -> list[Row]:
 def summary(rows: Sequence[Row]) -> list[list[str]]:
     """Return a heading and a line per kernel, family and layout: speed-ups and share of the limit, geomean (worst)."""
     lines = [["kernel", "family", "layout", "cases"]]
-    lines[0] += ["op, device", "op, eager", "op, graph", "core, device", "% of limit (op)"]
+    lines[0] += ["op, device", "op, eager", "op, graph", "core, device", "% of limit (op)", "TFLOP/s (op)"]
     groups = [
         (family, layout)
         for family in (*FAMILIES, RECORDED)
@@ -79,7 +82,8 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
         op, core = ([r for r in of_both if r["method"] == name] for name in (kernel, kernel + CORE_SUFFIX))
         if op or core or kernel == TRITON["op"]:
             speedups = [_spread(op, name) for name in SPEEDUPS]
-            cells = [*speedups, _spread(core, "speedup"), _spread(op, "pct_of_limit", "{:.0f} %")]
+            rates = [_spread(op, "pct_of_limit", "{:.0f} %"), _spread(op, "tflops", "{:.0f}")]
+            cells = [*speedups, _spread(core, "speedup"), *rates]
             lines.append([kernel, *group, str(len({r["case"] for r in of_both})), *cells])
     return lines
 
@@ -140,6 +144,21 @@ def read_limit(machine: Mapping[str, Any]) -> list[tuple[float, float]]:
     pairs = calibration.get("read_limit_us") if isinstance(calibration, Mapping) else None
     found = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
     return [(size, us) for size, us in found if _figure(size) and _figure(us)]
+
+
+def _tflops(row: Row, bytes_rows: float | None) -> float | None:
+    """Return the selected work per time, in TFLOP/s, where rows share K and V; else bytes are the measure, and None.
+
+    A selected token costs 2·H·(D + Dv) operations, and `bytes_rows` counts (D + Dv) elements for it, next to q and out.
+    """
+    shapes, size = [row[name] for name in ("H", "D", "Dv", "N", "bytes")], ELEMENT_BYTES.get(row["dtype"])
+    if row["method"] == OTHER_WORK or size is None or not all((bytes_rows, *shapes)):
+        return None
+    H, D, Dv, N, distinct = shapes
+    selected = bytes_rows - N * H * (D + Dv) * size
+    if bytes_rows <= distinct or selected <= 0:
+        return None
+    return 2 * H * selected / size / row["device_us"] / 1e6
 
 
 def _figure(value: Any) -> float | int | None:
