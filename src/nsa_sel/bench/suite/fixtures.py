@@ -18,7 +18,10 @@ from .kernels import kernels_of, methods
 
 pytest_plugins = [f"{__package__}.kernel_options"]  # whose kernels are methods too
 
-FAMILY_HELP = f"only these, with commas: {', '.join(matrix.FAMILIES)}; {matrix.PEERS}: beside other people's kernels"
+FAMILY_HELP = (
+    f"only these, with commas: {', '.join(matrix.FAMILIES)}; {matrix.PEERS}: beside other people's kernels"
+    f" (default: all but {matrix.PEERS})"
+)
 
 
 class Shape(NamedTuple):
