@@ -71,21 +71,9 @@ aot: $(INSTALLED) ## compiles every kernel for sm_80 to sm_120 without a GPU: an
 tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shape; see nsa-sel tune --help
 	$(PY) -m nsa_sel tune $(TUNE)
 
-# What the owner of a GPU runs first. A perf run with failures goes on: the threshold counts what is missing as not passed.
-RESULTS = bench/results/$(shell echo '$(GPU)' | tr -cs 'A-Za-z0-9.\n' '-')
-decide: TUNE ?= --matrix hot
-decide: $(INSTALLED) ## tiles, two full runs in fresh processes, the threshold, the report
-	@test -n '$(GPU)' || { echo 'make decide: no NVIDIA GPU here, so nothing can be tuned or timed' >&2; exit 1; }
-	@marker=$$(mktemp); trap 'rm -f '$$marker EXIT; status=0; \
-	$(PY) -m nsa_sel tune $(TUNE) --results $(RESULTS) || exit; \
-	for run in 1 2; do $(PY) -m pytest -q tests/perf --sel-matrix full --benchmark-save=decide || status=1; done; \
-	runs=$$(echo $$(find .benchmarks -name '*_decide.json' -newer $$marker | sort)); \
-	test $$(echo $$runs | wc -w) = 2 || { echo 'make decide: a run was not saved, see above' >&2; exit 1; }; \
-	$(PY) -m nsa_sel threshold $$runs --apply || status=1; \
-	$(PY) -m nsa_sel report $${runs##* } --out $(RESULTS) || status=1; \
-	echo 'Files written:'; \
-	find -L .benchmarks $(RESULTS) src/nsa_sel/tuned configs PRD.md -type f -newer $$marker 2>/dev/null; \
-	exit $$status
+# What the owner of a GPU runs first. Interrupted, the same command goes on. Without a GPU: its smoke form.
+decide: $(INSTALLED) ## for a new card: parity, tiles, two full runs, threshold, report; see nsa-sel decide --help
+	$(PY) -m nsa_sel decide $(DECIDE)
 
 lint: $(INSTALLED) ## style and types
 	$(PY) -m ruff check .

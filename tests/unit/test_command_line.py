@@ -13,7 +13,7 @@ import pytest
 import saved_runs
 
 from nsa_sel.bench import cli, command_line
-from nsa_sel.bench.checks import aot, auto, instrument
+from nsa_sel.bench.checks import aot, auto, cards, instrument
 from nsa_sel.bench.suite import cases
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,9 @@ def test_the_help_of_a_verb_says_each_default_and_examples_that_it_takes(verb, c
         assert not not_known or verb in OF_PYTEST
 
 
-@pytest.mark.parametrize("module", [aot, auto, instrument], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "module", [aot, auto, cards, instrument], ids=lambda module: module.__name__.rpartition(".")[2]
+)
 def test_the_help_of_a_check_says_each_default_and_an_example(module, capsys, monkeypatch):
     text = help_of(module.main, capsys, monkeypatch)
     assert says_every_default(text) == []

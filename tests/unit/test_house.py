@@ -28,7 +28,8 @@ BENCH_ORDER = """
     suite timer < methods < session tune checks
     session tune < compare < checks
     compare session tune precompile < continuous
-    tune < precompile
+    tune < precompile checks
+    tune threshold < decide < checks
     timer command_line < cli
     compare resume suite < plugin < run_tests
 """

@@ -29,6 +29,10 @@ VERBS = {
         "two commits, measured in turns on this card: did the second make it slower?",
     ),
     "report": ("report.command:main", "tables and pictures from saved runs"),
+    "decide": (
+        "decide.command:main",
+        "for a new card: parity, tune, two perf runs, threshold and report; goes on if ended",
+    ),
     "tune": ("tune.command:main", "which tiles, splits and warps are fastest here; writes the table that is used"),
     "threshold": ("threshold.command:main", "the length L from which Triton is safe to switch on here"),
     "completion": ("cli:completion", "prints what lets a shell complete these words and their options"),

@@ -97,23 +97,27 @@ class Sweep:
                 self.removed[str(reasons[0])] += 1
         return list(dict.fromkeys(found))
 
+    def size(self) -> tuple[int, int, int]:
+        """Return how many cases, kernels and timings the first round has."""
+        members = [(case, self.launches[key]) for key, of_class in self.classes.items() for case in of_class]
+        variants = {space.variant(case, launch) for case, launches in members for launch in launches}
+        return len(members), len(variants), sum(len(launches) for _, launches in members)
+
+    def expected_seconds(self, n_workers: int, slower: float = 1.0) -> float:
+        """Predict how long the sweep takes on a GPU that needs `slower` times as long for a timing as an H200."""
+        n_cases, n_kernels, n_timings = self.size()
+        # On an H200: 1.4 s per kernel, 4.5 ms per check with samples; the later rounds add about half.
+        return 30 + 1.5 * (1.4 * n_kernels / n_workers + 0.0045 * slower * n_timings) + 0.6 * n_cases
+
     def plan(self) -> Iterator[str]:
         """Yield the lines that say what will be tried, what will not and why, and how long it may take."""
-        variants = {
-            space.variant(case, launch)
-            for key, of_class in self.classes.items()
-            for case in of_class
-            for launch in self.launches[key]
-        }
-        n_cases = sum(map(len, self.classes.values()))
-        n_timings = sum(len(self.launches[key]) * len(of_class) for key, of_class in self.classes.items())
-        sizes = f"{n_cases} cases in {len(self.classes)} classes, {len(variants)} kernels, {n_timings} timings"
+        n_cases, n_kernels, n_timings = self.size()
+        sizes = f"{n_cases} cases in {len(self.classes)} classes, {n_kernels} kernels, {n_timings} timings"
         yield f"{self.gpu.name}: {sizes}"
         for reason, n in self.removed.most_common():
             yield f"  left out {n:6}  {reason}"
         yield "  tried later, around the best: narrower chunks of D and Dv, one stage more, limits on registers"
-        # On an H200 with 16 cores: 1.4 s per kernel, 4.5 ms per check with samples; the later rounds add about half.
-        seconds = 30 + 1.5 * (1.4 * len(variants) / workers.workers() + 0.0045 * n_timings) + 0.6 * n_cases
+        seconds = self.expected_seconds(workers.workers())
         yield f"  on an H200 about {clock(seconds)}; whatever is measured is kept in {self.log.path}"
         if self.log.found:
             yield f"  continues: {self.log.found} measurements are there already"
