@@ -110,6 +110,18 @@ def test_a_run_with_failures_counts_and_one_that_was_not_saved_does_not(processe
     assert "run 1 ended with 0; the same command goes on there" in capsys.readouterr().err
 
 
+def test_a_step_that_ends_because_nobody_reads_is_not_called_a_failure(processes, monkeypatch, capsys):
+    def closed(line, **options):
+        if line == "parity took 0:00":
+            raise BrokenPipeError
+
+    monkeypatch.setattr(command, "print", closed, raising=False)
+    processes.codes = [1]
+    with pytest.raises(BrokenPipeError):
+        command.main([])
+    assert processes.verbs() == ["parity"]
+
+
 def test_another_driver_begins_anew_and_is_named(processes, monkeypatch, capsys):
     processes.codes = [0, 0, 2]
     command.main([])

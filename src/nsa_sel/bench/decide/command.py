@@ -238,6 +238,9 @@ def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -
         print(f"{head}{f'  about {clock(left)} left{basis}' if left else ''}", flush=True)
         before, start = saved_runs(), time.monotonic()
         code = perform(step, _runs(state.done), state.begin(step), on_gpu)
+        seconds = time.monotonic() - start
+        # Where nobody reads any more this ends the command in silence: the step's own code says no more than 1.
+        print(f"{step.name} took {clock(seconds)}", flush=True)
         new = max(saved_runs() - before, key=lambda path: path.stat().st_mtime, default=None) if step.saves else None
         if code and step.name == "parity":
             print("nsa-sel decide: parity failed: a kernel that is wrong here is not timed", file=sys.stderr)
@@ -249,7 +252,7 @@ def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -
             print("no table: the launches stay those of the rules")
             code = 0
         status = max(status, code)
-        state.end(step, time.monotonic() - start, new)
+        state.end(step, seconds, new)
     state.path.unlink()
     print("Files written:", *written(state.kept["began"], results), sep="\n")
     return status
