@@ -1,5 +1,5 @@
 # `make test` on a fresh clone sets up .venv and tests. `make test PY=python3` uses that interpreter and installs nothing.
-.PHONY: test test-oldest test-newest parity perf bench soak aot tune decide lint
+.PHONY: help install test test-oldest test-newest parity perf bench soak aot tune decide lint dist
 .DEFAULT_GOAL := test
 
 GPU := $(shell nvidia-smi -L 2>/dev/null | sed -n 's/^GPU 0: //p' | sed 's/ .UUID.*//')
@@ -11,9 +11,15 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 # Without a GPU: the versions of constraints.txt. With one they would force another torch than the driver's: pip chooses.
 .venv/.installed: pyproject.toml constraints.txt
+	@echo 'Installing torch and the rest into .venv: some minutes'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet $(if $(GPU),,-c constraints.txt) -e '.[bench,dev]'
 	touch $@
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## .venv with all that the targets below need; each makes it by itself
 
 # Without a GPU, which the tests would share, they run on all cores where pytest-xdist is installed; a file stays together.
 PARALLEL = $(if $(GPU),,$(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile --benchmark-disable'))
@@ -22,7 +28,7 @@ test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity tests/modes
 	$(PY) -m pytest -q tests/perf --sel-matrix smoke
 
-parity: $(INSTALLED)
+parity: $(INSTALLED) ## is the kernel right here? the parity suite alone
 	$(PY) -m pytest -q tests/parity
 
 # The CPU suite with the oldest torch and Triton supported, gigabytes of CUDA libraries included; for others
@@ -30,7 +36,7 @@ parity: $(INSTALLED)
 # warns; before 3.4 there are no TMA descriptors to test.
 OLDEST ?= torch==2.4.0 triton==3.0.0 numpy==1.26.4
 OLD := .venv/oldest-$(shell echo '$(OLDEST)' | tr -c 'A-Za-z0-9.\n' '-')
-test-oldest:
+test-oldest: ## the CPU suite with the oldest torch and Triton supported
 	test -e $(OLD)/.installed || { python3 -m venv $(OLD) && \
 	  $(OLD)/bin/python -m pip install --quiet $(OLDEST) setuptools -e '.[bench]' && touch $(OLD)/.installed; }
 	PYTEST_ADDOPTS="-W 'ignore:Conversion of an array:DeprecationWarning'" $(OLD)/bin/python -m pytest -q tests/unit tests/parity tests/modes
@@ -38,20 +44,20 @@ test-oldest:
 # The same with the newest versions that the index has today; NEWEST names others.
 NEWEST ?= torch triton
 NEW := .venv/newest-$(shell echo '$(NEWEST)' | tr -c 'A-Za-z0-9.\n' '-')
-test-newest:
+test-newest: ## the CPU suite with the newest versions there are
 	test -e $(NEW)/bin/python || python3 -m venv $(NEW)
 	$(NEW)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(NEWEST) setuptools -e '.[bench]'
 	$(NEW)/bin/python -m pytest -q tests/unit tests/parity tests/modes
 
-perf: $(INSTALLED)
+perf: $(INSTALLED) ## how fast is it here? the perf suite alone, saved in .benchmarks
 	@echo '$(if $(GPU),Timing the full matrix on $(GPU),No NVIDIA GPU: the kernel is not timed. Smoke matrix, references only)'
 	$(PY) -m pytest tests/perf --benchmark-autosave
 
 # On an NVIDIA GPU, under 10 minutes: memory safety, races, numerics, load, faults; figures at the end. Skipped without one.
-soak: $(INSTALLED)
+soak: $(INSTALLED) ## on a GPU, ten minutes at most: memory safety, races, load, faults
 	timeout --signal=INT --kill-after=30 600 $(PY) -m pytest -q -rs tests/soak tests/modes tests/parity/test_numerics.py
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) ## parity, perf and the report, in bench/results/latest
 	@marker=$$(mktemp); \
 	$(MAKE) --no-print-directory parity perf; status=$$?; \
 	run=$$(find .benchmarks -name '*.json' -newer $$marker 2>/dev/null | sort | tail -n 1); \
@@ -59,7 +65,7 @@ bench: $(INSTALLED)
 	echo 'Files written:'; find .benchmarks bench/results -type f -newer $$marker 2>/dev/null; \
 	rm $$marker; exit $$status
 
-aot: $(INSTALLED) ## thousands of kernels: an hour or more on two cores, nothing of a GPU is needed
+aot: $(INSTALLED) ## compiles every kernel for sm_80 to sm_120 without a GPU: an hour or more on two cores
 	$(PY) -m nsa_sel.bench.checks.aot
 
 tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shape; see nsa-sel tune --help
@@ -69,7 +75,10 @@ tune: $(INSTALLED) ## make tune TUNE='--matrix hot' tunes more than the hot shap
 decide: $(INSTALLED) ## for a new card: parity, tiles, two full runs, threshold, report; see nsa-sel decide --help
 	$(PY) -m nsa_sel decide $(DECIDE)
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+dist: $(INSTALLED) ## the source distribution and the wheel, in dist/
+	$(PY) -m build --no-isolation

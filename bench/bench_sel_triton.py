@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from pytest_benchmark.utils import get_commit_info, parse_save
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # runs without being
 
 from nsa_sel import SelConfig, choose_route
 from nsa_sel.bench import tables
+from nsa_sel.bench.command_line import Parser, exit_code
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved import storage, write
 from nsa_sel.bench.saved.speedups import fastest_sdpa
@@ -188,18 +189,17 @@ def _one_line(cell: str) -> str:
     return " ".join(cell.replace('"', "'").split())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, without the usage before it."""
-        self.exit(2, f"{self.prog}: error: {_one_line(message)}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(
+        description=__doc__,
+        examples="""
+            bench_sel_triton.py                                  the default shape
+            bench_sel_triton.py --H 16 --Dv 64 --L_list 64,512   another one
+            bench_sel_triton.py --decode 1 --csv times.csv       decode, into a file""",
+    )
 
     def number(name: str, default: int | None, text: str, least: int = 1) -> None:
-        said = "" if default is None else f" (default: {default})"
-        parser.add_argument(name, type=_at_least(least), default=default, metavar="INT", help=text + said)
+        parser.add_argument(name, type=_at_least(least), default=default, metavar="INT", help=text)
 
     number("--N", None, "rows; with --decode 4 groups times the batch (default: 1024, decode 32)")
     number("--H", 8, "query heads of a row")
@@ -210,20 +210,19 @@ def _parser() -> _Parser:
         type=_lengths,
         default="64,128,256,512",
         metavar="INTS",
-        help="selected tokens of a row, with commas (default: %(default)s)",
+        help="selected tokens of a row, with commas",
     )
     parser.add_argument(
         "--dist",
         type=_distributions,
         default="few",
         metavar="NAMES",
-        help=f"how a row selects, with commas; of {', '.join(cases.LAYOUTS)}: one span, 8 equal, 2 to 8 random ones"
-        " (default: %(default)s)",
+        help=f"how a row selects, with commas; of {', '.join(cases.LAYOUTS)}: one span, 8 equal, 2 to 8 random ones",
     )
     number("--iters", 50, "timed rounds")
     number("--warmup", 5, "untimed rounds", least=0)
     parser.add_argument("--decode", type=int, choices=(0, 1), default=0, help="1: one query token, L/64 blocks per row")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of q, k and v")
     kernels.add_options(parser.add_argument)
     place = "to FILE, whose folder is made, or to the terminal"
     parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help=f"CSV {place}")
@@ -276,4 +275,4 @@ def _case(args: argparse.Namespace, dist: str, L: int) -> Case:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -8,7 +8,7 @@ from .parts import merge
 from .recording import record
 from .routing import Route
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConfigError",

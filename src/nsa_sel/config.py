@@ -19,7 +19,7 @@ UseTriton = Literal["auto"] | bool
 DEFAULT_MIN_LEN = 64
 DEFAULT_RECORD = 16
 _WORKING_DIRECTORY_FILE = Path("configs/base.yaml")
-_PACKAGED_FILE = Path(__file__).with_name("base.yaml")
+PACKAGED_FILE = Path(__file__).with_name("base.yaml")
 
 
 class ConfigError(ValueError):
@@ -92,6 +92,11 @@ class SelConfig:
         if gpu_name is not None and gpu_name in self.sel_triton_min_L:
             return self.sel_triton_min_L[gpu_name]
         return self.sel_triton_min_L["default"]
+
+
+def config_to_write() -> Path:
+    """Return the file that this process would read if it is there: that of NSA_SEL_CONFIG, else of this folder."""
+    return Path(os.environ.get("NSA_SEL_CONFIG", _WORKING_DIRECTORY_FILE))
 
 
 _cached: SelConfig | None = None
@@ -252,7 +257,7 @@ def _find_file(path: str | os.PathLike[str] | None, env: Mapping[str, str]) -> P
         if not file.is_file():
             raise _malformed("NSA_SEL_CONFIG", env["NSA_SEL_CONFIG"], "the path of a YAML file that exists")
         return file
-    return _WORKING_DIRECTORY_FILE if _WORKING_DIRECTORY_FILE.is_file() else _PACKAGED_FILE
+    return _WORKING_DIRECTORY_FILE if _WORKING_DIRECTORY_FILE.is_file() else PACKAGED_FILE
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -45,3 +45,20 @@ def test_a_form_that_cannot_run_is_no_time(monkeypatch):
 
 def _refuse(*tensors, **options):
     raise UnsupportedError("refused")
+
+
+def test_the_command_shows_the_time_left(monkeypatch, capsys):
+    for name, value in (("is_available", True), ("get_device_name", "NVIDIA Synthetic"), ("empty_cache", None)):
+        monkeypatch.setattr(auto.torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(auto, "DeviceTimer", WallTimer)
+    monkeypatch.setattr(auto, "judge", lambda case, timer: ("triton", dict.fromkeys(auto.KINDS, -1.0), []))
+    n = len(cases.matrix("hot", family="decode"))
+    assert auto.main(["--matrix", "hot", "--family", "decode"]) == 0
+    said = capsys.readouterr()
+    assert f"{n}/{n}, 0:00 left: cases" in said.err and f"triton in {n} of {n} cases" in said.out
+
+
+def test_an_unknown_family_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        auto.main(["--family", "nonsense"])
+    assert capsys.readouterr().err.count("\n") == 1

@@ -107,6 +107,13 @@ def test_an_unknown_verb_names_the_known_ones(arguments, capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
+def test_no_verb_lists_the_verbs(toggles, capsys):
+    toggles("")
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb:<10} {meaning}\n" in out for verb, (_, meaning) in cli.VERBS.items())
+
+
 def test_help_lists_every_verb(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])

@@ -392,7 +392,8 @@ def again(stored, monkeypatch):
 
 def test_measured_again_a_suspect_is_confirmed_or_cleared(again, capsys):
     assert again(12, 12) == 1
-    assert "FAIL, 2 slower" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "FAIL, 2 slower" in said.out and "2/2, 0:00 left: measured again" in said.err
     assert again(10, 12) == 1
     out = capsys.readouterr().out
     assert "FAIL, 1 slower" in out and f"{UNCLEAR} triton  10.00 us -> 12.00 us  again 12.00 us  +20.0 %" in out

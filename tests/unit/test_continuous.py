@@ -203,6 +203,7 @@ class Card:
             {},
         )  # floor_us: what every call of a tree takes longer, by tree
         self.log: list[tuple] = []
+        self.dies_compiling = ""  # name of a tree
         self.on_measure = lambda tree, case, method: None
 
     def us(self, case, method):
@@ -241,7 +242,12 @@ class StandIn:
     def send(self, **request):
         self.card.log.append((request["do"], self.tree.name))
 
-    def answer(self):
+    def fileno(self):
+        return self.card.always_readable.fileno()
+
+    def answer(self, limit_s):
+        if self.card.dies_compiling == self.tree.name:
+            raise ProcessLost("died")
         return {"failed": 0}
 
     def end(self):
@@ -270,7 +276,8 @@ class StandIn:
 def card(monkeypatch):
     card = Card()
     monkeypatch.setattr(command, "Process", card.start)
-    return card
+    with open(os.devnull) as card.always_readable:
+        yield card
 
 
 @pytest.fixture
@@ -290,6 +297,23 @@ def test_the_processes_alternate_and_each_measures_everything(card, both, tmp_pa
     assert card.turns() == [(a, 24), (b, 24), (a, 24), (b, 24)]
     assert [what for what, _ in card.log].index("compile") < [what for what, _ in card.log].index("measure")
     assert sorted(kept.pairs) == [(0, 0), (0, 1)]
+
+
+def test_compiling_shows_the_time_left_and_each_tree_compiles_every_kernel_once(card, both, tmp_path, monkeypatch):
+    monkeypatch.setattr(course.os, "sched_getaffinity", lambda of: range(6))
+    out = io.StringIO()
+    measured = course.Course(both, {}, Progress(out, every_s=0), card.start)
+    measured.run(1, Kept(tmp_path / "kept", {}, resume=False))
+    compiling = [line for line in out.getvalue().splitlines() if "compiling the kernels of both" in line]
+    assert len(compiling) == 2 * 24 and "48/48, 0:00 left" in compiling[-1] and "6 processes" in compiling[-1]
+    assert [card.log.count(("compile", tree.name)) for tree in (both.base, both.head)] == [24, 24]
+
+
+def test_a_tree_whose_processes_die_compiling_does_not_hold_up_the_other(card, both, tmp_path, monkeypatch):
+    monkeypatch.setattr(course.os, "sched_getaffinity", lambda of: range(4))
+    card.dies_compiling = both.base.name
+    course_of(card, both).run(1, Kept(tmp_path / "kept", {}, resume=False))
+    assert [card.log.count(("compile", tree.name)) for tree in (both.base, both.head)] == [2, 24]
 
 
 def test_many_cases_are_measured_in_pieces(card, both, tmp_path, monkeypatch):
@@ -498,6 +522,27 @@ def test_a_timing_that_one_process_could_not_take_has_none(card, repository):
     assert marks["not_timed"] == [{"case": card.cases[0], "method": "triton", "reason": "out of memory"}]
     asked = [method for case, method in marks["asked"] if case == card.cases[0]]
     assert asked == ["triton", "triton_core", "sdpa_core"]
+
+
+def test_the_verdict_is_coloured_where_a_terminal_shows_it(card, repository, capsys, monkeypatch):
+    monkeypatch.setattr(command, "shows_colour", lambda: True)
+    assert main(repository) == 0
+    assert "\x1b[32mverdict: pass" in capsys.readouterr().out
+
+
+def test_the_verdict_is_written_as_a_pull_requests_comment_too(card, repository, tmp_path):
+    card.slower[names(repository)[1], "triton"] = 1.3
+    assert main(repository, "--markdown", str(tmp_path / "comment.md")) == 1
+    assert (tmp_path / "comment.md").read_text().startswith("### nsa_sel: FAIL, ")
+
+
+def test_a_verdict_that_nobody_reads_is_left_to_the_command_line(card, repository, monkeypatch):
+    def closed(*arguments, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        main(repository)
 
 
 def test_without_a_gpu_there_is_no_verdict(card, repository, capsys):

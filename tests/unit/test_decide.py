@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +110,18 @@ def test_a_run_with_failures_counts_and_one_that_was_not_saved_does_not(processe
     assert "run 1 ended with 0; the same command goes on there" in capsys.readouterr().err
 
 
+def test_a_step_that_ends_because_nobody_reads_is_not_called_a_failure(processes, monkeypatch, capsys):
+    def closed(line, **options):
+        if line == "parity took 0:00":
+            raise BrokenPipeError
+
+    monkeypatch.setattr(command, "print", closed, raising=False)
+    processes.codes = [1]
+    with pytest.raises(BrokenPipeError):
+        command.main([])
+    assert processes.verbs() == ["parity"]
+
+
 def test_another_driver_begins_anew_and_is_named(processes, monkeypatch, capsys):
     processes.codes = [0, 0, 2]
     command.main([])
@@ -173,9 +184,7 @@ def test_without_a_gpu_it_says_so_and_runs_the_smoke_form(processes, monkeypatch
 
 def test_a_threshold_can_be_written_where_there_is_no_clone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    command.make_room()
     runs = [str(path) for path in sorted(ROOT.glob(".benchmarks/*-NVIDIA-H200/000[12]_baseline.json"))]
-    command.CONFIG.write_text(re.sub(r" *NVIDIA H200: .*\n", "", command.CONFIG.read_text()))
     assert threshold.main([*runs, "--apply"]) == 0
     decided = SelConfig.load(command.CONFIG, env={}).min_len_for("NVIDIA H200")
     assert f"### NVIDIA H200: Triton from L = {decided} " in command.PRD.read_text()

@@ -48,6 +48,7 @@ RUN = {
 # Of all others only the options are parsed, or what each line says; why:
 PARSED = {
     "nsa-sel continuous": "measures two commits: minutes",
+    "nsa-sel completion": "needs shtab; tests/unit/test_command_line.py runs it",
     "nsa-sel decide": "minutes; tests/unit/test_decide.py has its course",
     "nsa-sel tune": "needs a GPU",
     "nsa-sel threshold": "test_threshold_apply_works_as_written runs it",
@@ -155,7 +156,9 @@ def only_parsing(monkeypatch) -> None:
 
     def parse_args(self, args=None, namespace=None):
         found = real(self, args, namespace)
-        if self.prog.startswith(("nsa-sel", "script", "pytest", "__main__")) and not hasattr(found, "file_or_dir"):
+        if self.prog.startswith(("nsa-sel", "python", "script", "pytest", "__main__")) and not hasattr(
+            found, "file_or_dir"
+        ):
             raise Parsed
         return found
 

@@ -22,15 +22,15 @@ ORDER = """
     arguments ops config < recording < __init__
 """
 BENCH_ORDER = """
-    tables < saved
+    tables command_line < saved
     timer saved tables < suite < compare < threshold < report
     timer saved suite < resume
     suite timer < methods < session tune checks
-    session < compare < checks
+    session tune < compare < checks
     compare session tune precompile < continuous
     tune < precompile checks
     tune threshold < decide < checks
-    timer < cli
+    timer command_line < cli
     compare resume suite < plugin < run_tests
 """
 

@@ -152,7 +152,7 @@ def test_a_bad_choice_ends_pytest_in_one_line(arguments, message):
 
 
 def test_tune_takes_the_files_cases(file, capsys):
-    args = tune_command._parser().parse_args(["--sel-cases", str(file), "-k", "H2"])
+    args = tune_command.main_parser().parse_args(["--sel-cases", str(file), "-k", "H2"])
     assert tune_command.select(args) == case_file.read(file)[1:]
     with pytest.raises(SystemExit) as ended:
         tune_command.main(["--sel-cases", str(file), "--matrix", "hot"])

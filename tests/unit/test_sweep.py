@@ -245,7 +245,7 @@ def test_bad_arguments_are_exit_code_2(arguments, capsys):
     ],
 )
 def test_the_cases_that_arguments_mean(arguments, expected):
-    assert expected and tune_command.select(tune_command._parser().parse_args(arguments)) == expected
+    assert expected and tune_command.select(tune_command.main_parser().parse_args(arguments)) == expected
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def tune(tmp_path, monkeypatch):
     tuned_table.forget()
 
     def tune(chosen, bench=None, *arguments):
-        args = tune_command._parser().parse_args(["--results", str(tmp_path / "results"), *arguments])
+        args = tune_command.main_parser().parse_args(["--results", str(tmp_path / "results"), *arguments])
         quiet = Progress(io.StringIO())
         return tune_command.tune(args, chosen, H200, bench or FakeBench(), FakeCompiler(), quiet)
 

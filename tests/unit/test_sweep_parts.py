@@ -222,6 +222,22 @@ def test_progress_tells_the_remaining_time(monkeypatch):
     assert clock(3725) == "62:05"
 
 
+def test_a_line_said_takes_the_place_of_the_progress_shown_which_comes_again(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 1.1])
+    monkeypatch.setattr("nsa_sel.bench.tune.log.time.monotonic", lambda: next(now))
+    monkeypatch.setenv("COLUMNS", "60")
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    progress = Progress(out)
+    progress.start("compiling", 3)
+    progress.step()
+    progress.say("a result")
+    progress.step()
+    assert capsys.readouterr().out == "a result\n"
+    first, cleared, _, second = out.getvalue().split("\r")[1:]
+    assert "1/3" in first and cleared == 59 * " " and "2/3" in second
+
+
 # --- the compiler's processes ---
 
 STAND_IN = """

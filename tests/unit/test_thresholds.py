@@ -22,7 +22,7 @@ from nsa_sel.bench.threshold import rule
 from nsa_sel.bench.threshold import write as write_threshold
 from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.bench.threshold.rule import Decision, Threshold, Verdict
-from nsa_sel.config import SelConfig
+from nsa_sel.config import PACKAGED_FILE, SelConfig
 
 
 def thin(dtype: str = "bf16") -> list[Case]:
@@ -778,6 +778,41 @@ def test_a_prd_without_markers_is_refused_before_anything_is_written(files, tmp_
     assert apply(tmp_path, saved_runs.run(FULL)) == 2
     assert "threshold:begin" in capsys.readouterr().err
     assert config.read_text() == CONFIG
+
+
+def test_apply_in_an_empty_folder_makes_both_files_where_the_package_reads_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ruamel.yaml", reason="--apply needs ruamel.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NSA_SEL_CONFIG", raising=False)
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(64))) == 0
+    config, prd = tmp_path / "configs" / "base.yaml", tmp_path / "PRD.md"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        "Wrote configs/base.yaml, PRD.md",
+        f"Programs started in this folder read it, others with NSA_SEL_CONFIG={config}",
+    ]
+    read = SelConfig.load(env={})
+    assert read.min_len_for(saved_runs.GPU) == 128 and read.sources["sel_triton_min_L"] == "file configs/base.yaml"
+    assert read.min_len_for("NVIDIA H200") == SelConfig.load(PACKAGED_FILE, env={}).min_len_for("NVIDIA H200")
+    assert prd.read_text().count(f"### {saved_runs.GPU}: Triton from L = 128") == 1
+    written = config.read_bytes(), prd.read_bytes()
+    assert apply(tmp_path, saved_runs.run(FULL, slow_up_to(64))) == 0
+    assert (config.read_bytes(), prd.read_bytes()) == written
+
+
+def test_apply_writes_the_file_that_the_environment_names(files, tmp_path, monkeypatch, capsys):
+    config, _ = files
+    monkeypatch.setenv("NSA_SEL_CONFIG", str(tmp_path / "mine.yaml"))
+    assert apply(tmp_path, saved_runs.run(FULL)) == 0
+    assert f"Wrote {tmp_path}/mine.yaml, PRD.md\n" in capsys.readouterr().out
+    assert SelConfig.load().has_entry(saved_runs.GPU) and config.read_text() == CONFIG
+
+
+def test_apply_to_a_file_that_nothing_here_reads_says_how_to_have_it_read(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NSA_SEL_CONFIG", raising=False)
+    path = saved_runs.save(saved_runs.run(FULL), tmp_path / "runs" / "0001_run.json")
+    assert threshold_command.main([str(path), "--apply", "--config", "elsewhere/my.yaml"]) == 0
+    assert f"\nIt is read with NSA_SEL_CONFIG={tmp_path}/elsewhere/my.yaml\n" in capsys.readouterr().out
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):

@@ -1,41 +1,65 @@
-"""The wheel carries the package, its toggles and both suites, which run in any folder and leave their results there."""
+"""The distributions: the wheel has the package and both suites, which run in any folder; the source has everything.
+
+One version is in both, in the package, and at the head of the changelog.
+"""
 
 from __future__ import annotations
 
 import compileall
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import nsa_sel
 from nsa_sel.bench import cli
 
 pytest.importorskip("setuptools", "77", reason="setuptools >= 77 builds the wheel (extra: dev)")
 
 ROOT = Path(__file__).parents[2]
-FILES = ("pyproject.toml", "README.md", "LICENSE", "pytest.ini")
-FOLDERS = ("src", "configs", "tests")
 SUITES = ("parity", "perf")
+NOT_KEPT = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "*-cpu"
+)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
-    for name in FILES:
-        shutil.copy(ROOT / name, source)
-    for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+def source(tmp_path_factory) -> Path:
+    """Copy the repository's files, without what runs leave there."""
+    folder = tmp_path_factory.mktemp("source") / "copy"
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=NOT_KEPT)
+    return folder
+
+
+def built(kind: str, source: Path, out: Path) -> Path:
+    """Build a distribution, `wheel` or `sdist`."""
+    build = f"import sys, setuptools.build_meta as backend; backend.build_{kind}(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", build, out], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = out.glob("*.whl")
+    assert done.returncode == 0 and "Package would be ignored" not in done.stderr, done.stderr
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory) -> Path:
+    return built("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(source: Path, tmp_path_factory) -> Path:
+    """Unpack the source distribution and return its folder."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(built("sdist", source, tmp_path_factory.mktemp("sdist"))) as content:
+        content.extractall(folder, filter="data")
+    (path,) = folder.iterdir()
     return path
 
 
@@ -83,6 +107,29 @@ def test_the_wheel_carries_every_module_and_of_the_tests_both_suites(wheel):
         expected |= {f"nsa_sel/tests/{path.relative_to(tests)}" for path in (tests / suite).rglob("*.py")}
     with zipfile.ZipFile(wheel) as content:
         assert {name for name in content.namelist() if name.endswith(".py")} == expected
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository says which files there are")
+def test_the_source_distribution_has_every_file_of_the_repository(unpacked):
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    files = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    assert len(files) > 200 and [name for name in files if not (unpacked / name).is_file()] == []
+    assert (unpacked / "configs/base.yaml").read_bytes() == (ROOT / "configs/base.yaml").read_bytes()
+
+
+def test_the_source_distribution_makes_the_same_wheel(wheel, unpacked, tmp_path):
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(built("wheel", unpacked, tmp_path)) as theirs:
+        assert sorted(ours.namelist()) == sorted(theirs.namelist())
+
+
+def test_the_version_is_said_in_one_place(wheel, unpacked):
+    assert (
+        wheel.name.startswith(f"nsa_sel-{nsa_sel.__version__}-") and unpacked.name == f"nsa_sel-{nsa_sel.__version__}"
+    )
+    released = re.findall(
+        r"^## (\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert released[0] == nsa_sel.__version__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU means real kernels, and compiling them")

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .command_line import Parser
+
 PACKAGE = Path(__file__).parents[1]
 NEEDED = ("pytest", "pytest_benchmark", "hypothesis", "numpy")
 DESCRIPTION = """{}
@@ -19,10 +21,6 @@ DESCRIPTION = """{}
 Runs `python -m pytest` on the tests that came with this installation. All of pytest's options can be given, and its
 exit codes are passed on. Saved runs (.benchmarks), reports and pytest's cache are written to the working directory;
 its configs/base.yaml holds the toggles, if it is there, and modules are sought in it first."""
-EPILOG = """examples:
-{}
-
-The other options of pytest: python -m pytest --help"""
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,20 @@ PARITY = Suite(
     "parity",
     ("suite.kernel_options",),
     "Is a kernel right here? Checks it against a float64 oracle; without a GPU in Triton's interpreter.",
-    """  nsa-sel parity
-  nsa-sel parity -k layouts -x              only tests with this in their name, up to the first failure
-  nsa-sel parity --sel-kernel mine:f        a kernel of your own: the function f of mine.py""",
+    """
+        nsa-sel parity
+        nsa-sel parity -k layouts -x              only tests with this in their name, up to the first failure
+        nsa-sel parity --sel-kernel mine:f        a kernel of your own: the function f of mine.py""",
 )
 PERF = Suite(
     "bench",
     "perf",
     ("plugin", "resume.plugin", "suite.fixtures", "suite.kernel_options"),
     "How fast is a kernel here? Times it beside packed SDPA; without a GPU only the references are timed.",
-    """  nsa-sel bench --benchmark-autosave        saves the run; nsa-sel compare, report and threshold read it
-  nsa-sel bench --sel-matrix hot -k L64-    only cases with this in their id
-  nsa-sel bench --sel-kernel mine:f         with a kernel of your own: the function f of mine.py""",
+    """
+        nsa-sel bench --benchmark-autosave        saves the run; nsa-sel compare, report and threshold read it
+        nsa-sel bench --sel-matrix hot -k L64-    only cases with this in their id
+        nsa-sel bench --sel-kernel mine:f         with a kernel of your own: the function f of mine.py""",
 )
 
 
@@ -67,6 +67,16 @@ def parity(argv: Sequence[str]) -> int:
 def bench(argv: Sequence[str]) -> int:
     """Run `nsa-sel bench`: pytest's exit code, or 2 if there is nothing to run."""
     return _run(PERF, argv)
+
+
+def parity_parser() -> argparse.ArgumentParser:
+    """Return the options of `nsa-sel parity` that are not pytest's own."""
+    return _parser(PARITY)
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    """Return the options of `nsa-sel bench` that are not pytest's own."""
+    return _parser(PERF)
 
 
 def _run(suite: Suite, argv: Sequence[str]) -> int:
@@ -94,13 +104,13 @@ def _fail(suite: Suite, text: str) -> int:
 
 
 def _parser(suite: Suite) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"nsa-sel {suite.verb}",
-        usage=f"nsa-sel {suite.verb} [options of pytest, and those below]",
+    parser = Parser(
+        f"nsa-sel {suite.verb}",
         description=DESCRIPTION.format(suite.description),
-        epilog=EPILOG.format(suite.examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=suite.examples,
+        epilog="The other options of pytest: python -m pytest --help",
     )
+    parser.usage = f"nsa-sel {suite.verb} [options of pytest, and those below]"
     for name in suite.options:
         importlib.import_module(f".{name}", __package__).pytest_addoption(_Options(parser))
     return parser

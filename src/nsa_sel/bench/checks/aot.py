@@ -1,15 +1,11 @@
 """Compile the kernel without a GPU for every supported architecture, and show registers, spills and shared memory.
 
-    python -m nsa_sel.bench.checks.aot               what `rules.choose` can return, as far as `every_variant` says
-    python -m nsa_sel.bench.checks.aot --sample      about a hundred kernels, in a minute or two
-
 Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, and where a launch
 for a shape of the perf matrix spills registers. Needs Triton >= 3.4.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -26,7 +22,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..command_line import Parser, exit_code
 from ..suite.inputs import TORCH_DTYPES
+from ..tune.log import Progress
 from .variants import ARCHITECTURES, Variant, every_variant, sample
 
 
@@ -151,21 +149,37 @@ def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print one line per variant, and return 1 if one has a problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = f"python -m {__package__}.aot"
+    parser = Parser(
+        command,
+        description=__doc__,
+        examples=f"""
+            {command}            what `rules.choose` can return, as far as `every_variant` says
+            {command} --sample   about a hundred kernels, in a minute or two""",
+    )
     parser.add_argument("--sample", action="store_true", help="compile the sample only")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="compile for this one only")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=ARCHITECTURES,
+        help="compile for it only; repeatable (default: all)",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args(argv)
     variants = [v for v in (sample() if args.sample else every_variant()) if v.arch in (args.arch or ARCHITECTURES)]
     builds = []
+    progress = Progress()
+    progress.start("kernels compiled", len(variants))
     for done in build_all(variants, args.jobs):
         builds.append(done)
         if args.json:
-            print(json.dumps({**asdict(done), "id": str(done.variant), "problem": done.problem}), flush=True)
+            progress.say(json.dumps({**asdict(done), "id": str(done.variant), "problem": done.problem}))
         else:
             figures = f"{done.registers:3} registers, {done.spill_bytes:4} spilled, {done.shared_bytes:6} bytes shared"
-            print(f"{done.variant}: {figures}{f'  FAILS: {done.problem}' if done.problem else ''}", flush=True)
+            progress.say(f"{done.variant}: {figures}{f'  FAILS: {done.problem}' if done.problem else ''}")
+        progress.step()
     failed = [done for done in builds if done.problem]
     spilling = sum(done.spill_bytes > 0 for done in builds)
     summary = f"{len(builds)} of {len(variants)} kernels compiled: {len(failed)} fail, {spilling} spill registers"
@@ -174,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,7 +1,5 @@
 """Show that backend="auto", given both hints, is never much slower than the better of the two forms it chooses from.
 
-    python -m nsa_sel.bench.checks.auto [--matrix hot|full] [--family decode,…]
-
 Times "auto", "triton" and "packed_sdpa" (eager) of every case beside one another on the GPU: device time with a cold
 L2, and host time per call. Exits 1 where "auto" takes more than 10 % + 2 µs longer than the faster of the other two,
 twice.
@@ -9,7 +7,6 @@ twice.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import sys
@@ -19,11 +16,13 @@ import torch
 
 from ... import UnsupportedError, choose_route, selection_attention
 from ...config import get_config
+from ..command_line import Parser, exit_code
 from ..methods.contender import CaseState, NotTimed
 from ..suite import cases
 from ..suite.cases import Case
 from ..suite.inputs import memory_estimate
 from ..timer.timing import Call, DeviceTimer, call_time
+from ..tune.log import Progress
 
 SLACK, SLACK_US = 1.10, 2.0
 FORMS = ("auto", "triton", "packed_sdpa")
@@ -81,26 +80,34 @@ def judge(case: Case, timer: DeviceTimer) -> tuple[str, dict[str, float], list[s
 
 def main(argv: list[str] | None = None) -> int:
     """Print the figures; return 1 if "auto" is too slow somewhere, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--matrix", default="full", choices=("hot", "full"))
-    parser.add_argument("--family", help="one family or several, separated by commas")
+    command = f"python -m {__package__}.auto"
+    parser = Parser(command, description=__doc__, examples=f"{command} --matrix hot --family decode")
+    parser.add_argument("--matrix", default="full", choices=("hot", "full"), help="the cases")
+    parser.add_argument("--family", metavar="NAMES", help="only these, with commas (default: all but peers)")
     args = parser.parse_args(argv)
+    try:
+        asked = cases.matrix(args.matrix, family=args.family)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         print("no CUDA device: nothing is timed", file=sys.stderr)
         return 2
     gpu = torch.cuda.get_device_name()
     timer, chosen, worst, late = DeviceTimer(), Counter[str](), dict.fromkeys(KINDS, float("-inf")), []
+    progress = Progress()
+    progress.start("cases", len(asked))
     try:
-        for case in cases.matrix(args.matrix, family=args.family):
+        for case in asked:
             try:
                 backend, beyond, lines = judge(case, timer)
             except NotTimed as reason:
-                print(f"{case.id}: not timed: {reason}")
-                continue
-            chosen[backend] += 1
-            late += lines
-            worst = {kind: max(worst[kind], beyond[kind]) for kind in KINDS}
-            torch.cuda.empty_cache()
+                progress.say(f"{case.id}: not timed: {reason}")
+            else:
+                chosen[backend] += 1
+                late += lines
+                worst = {kind: max(worst[kind], beyond[kind]) for kind in KINDS}
+                torch.cuda.empty_cache()
+            progress.step()
     except KeyboardInterrupt:
         late.append("interrupted: the cases so far")
     print(*late, sep="\n")
@@ -112,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,13 +1,10 @@
 """Predict, for GPUs that nobody here has: launches, what the compiler makes of them, read limits, skips and durations.
 
-    python -m nsa_sel.bench.checks.cards docs/cards.md       about a minute on two cores; needs no GPU
-
 Writes the tables between the page's markers. Nothing in them was timed on these GPUs. Needs Triton >= 3.4.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +17,7 @@ import triton
 from ...kernel import rules, tuned_table
 from ...kernel.call import Gpu
 from ...kernel.launch_config import LaunchConfig
+from ..command_line import Parser, exit_code
 from ..decide.command import FULL_RUN_S
 from ..saved import storage
 from ..saved.run import read_json
@@ -226,11 +224,12 @@ def page(text: str, compiled: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the page; return 0, or 1 if a launch does not compile."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", type=Path, help="the Markdown file, with its markers")
-    parser.add_argument(
-        "--run", default="0001_baseline", help="the run that knows each case's bytes (default: %(default)s)"
+    command = f"python -m {__package__}.cards"
+    parser = Parser(
+        command, description=__doc__, examples=f"{command} docs/cards.md   about a minute on two cores; needs no GPU"
     )
+    parser.add_argument("page", type=Path, help="the Markdown file, with its markers")
+    parser.add_argument("--run", default="0001_baseline", help="the run that knows each case's bytes")
     args = parser.parse_args(argv)
     saved = read_json(storage.find(args.run, storage.folder(str(storage.STORAGE))))
     try:
@@ -243,4 +242,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,16 +1,11 @@
 """Judge the instrument by its own runs: false alarms between runs of one commit, planted slow-downs that are found.
 
-    python -m nsa_sel.bench.checks.instrument RUN.json RUN.json …               runs of one commit and card, all pairs
-    python -m nsa_sel.bench.checks.instrument --planted RUN.json                a run with --sel-plant, --sel-baseline
-    python -m nsa_sel.bench.checks.instrument --noise FILE RUN.json RUN.json …  write what such runs differ by
-
 Make the runs in fresh processes: `pytest tests/perf --benchmark-json=RUN.json`. The table of noise that the comparison
 uses is src/nsa_sel/bench/compare/noise.json; --noise replaces the runs' GPU in FILE and leaves the others.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -18,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..command_line import Parser, exit_code
 from ..compare import noise
 from ..compare.rule import compare
 from ..saved.run import Key, Run, RunError, load, notes, read_json
@@ -61,10 +57,18 @@ def planted(path: Path) -> tuple[set[Key], set[Key], int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the figures; return 0 if they hold, 1 if not, 2 if a run cannot be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = f"python -m {__package__}.instrument"
+    parser = Parser(
+        command,
+        description=__doc__,
+        examples=f"""
+            {command} A.json B.json                all pairs of runs of one commit
+            {command} --planted C.json             a run with --sel-plant and --sel-baseline
+            {command} --noise FILE A.json B.json   write what such runs differ by""",
+    )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="two or more runs of the same commit")
-    parser.add_argument("--planted", type=Path, metavar="RUN.json")
-    parser.add_argument("--noise", type=Path, metavar="FILE")
+    parser.add_argument("--planted", type=Path, metavar="RUN.json", help="a run in which slow-downs were planted")
+    parser.add_argument("--noise", type=Path, metavar="FILE", help="the table of noise that is written")
     args = parser.parse_args(argv)
     if len(args.runs) == 1 or not (args.runs or args.planted) or (args.noise and not args.runs):
         parser.error("give two runs or more, or --planted")
@@ -128,4 +132,4 @@ def _report_planted(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ..command_line import Parser, shows_colour
 from ..saved import storage
 from ..saved.run import Key, Run, RunError, Timing, load, short_name, timing
 from ..suite import kernels
 from ..suite.cases import Case
 from ..suite.saved_cases import known
 from ..tables import printable, replace_file
+from ..tune.log import Progress
 from . import export
 from .result import Comparison
 from .rule import compare, confirm, to_measure_again
@@ -36,22 +37,7 @@ EXPORTS: dict[str, Callable[[Comparison], str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run `nsa-sel compare [OLD [NEW]]`; return 0, 1, 2 or 3 as its help says."""
-    parser = argparse.ArgumentParser(
-        prog="nsa-sel compare",
-        description="Say which cases got slower between two saved runs.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("old", nargs="?", metavar="OLD")
-    parser.add_argument("new", nargs="?", metavar="NEW")
-    parser.add_argument("--sel-baseline", metavar="RUN", help="the old run, as in a perf run")
-    parser.add_argument(
-        "--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs (default: %(default)s)"
-    )
-    parser.add_argument("--again", action="store_true", help="measure what is slower or suspect again, on the new GPU")
-    for name, what in (("json", "everything"), ("markdown", "a pull request's comment"), ("junit", "a test per case")):
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to this file")
-    kernels.add_options(parser.add_argument)
+    parser = main_parser()
     args = parser.parse_args(argv)
     if args.old and args.sel_baseline:
         parser.error("give OLD or --sel-baseline, not both")
@@ -59,9 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         comparison = compare(*_choose(args.old or args.sel_baseline, args.new, storage.folder(args.storage)))
         if args.again:
             comparison = measure_again(comparison, kernels.parse(args.sel_kernel, args.sel_takes))
-        for name, written in EXPORTS.items():
-            if (path := getattr(args, name)) is not None:
-                _write(path, written(comparison))
+        write_exports(args, comparison)
     except (RunError, kernels.KernelError) as error:
         print(printable(f"nsa-sel compare: {error}"), file=sys.stderr)
         return 2
@@ -69,9 +53,41 @@ def main(argv: list[str] | None = None) -> int:
     return comparison.exit_code
 
 
-def shows_colour() -> bool:
-    """Tell whether standard output is a terminal that may be coloured."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel compare` is asked with."""
+    parser = Parser(
+        "nsa-sel compare",
+        description="Say which cases got slower between two saved runs.",
+        examples="""
+            nsa-sel compare                             the latest run with its default opponent
+            nsa-sel compare HEAD~1 HEAD                 the newest whole runs of two commits
+            nsa-sel compare 0001 0002 --markdown c.md   two saved runs, and a comment for a pull request""",
+        epilog=EPILOG,
+    )
+    parser.add_argument("old", nargs="?", metavar="OLD", help="the run to compare with, as said below")
+    parser.add_argument("new", nargs="?", metavar="NEW", help="the run that is judged (default: the latest)")
+    parser.add_argument("--sel-baseline", metavar="RUN", help="the old run, as in a perf run; in place of OLD")
+    parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
+    parser.add_argument("--again", action="store_true", help="measure what is slower or suspect again, on the new GPU")
+    add_exports(parser)
+    kernels.add_options(parser.add_argument)
+    return parser
+
+
+def add_exports(parser: argparse.ArgumentParser) -> None:
+    """Add --json, --markdown and --junit."""
+    for name, what in (("json", "everything"), ("markdown", "a pull request's comment"), ("junit", "a test per case")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} to this file")
+
+
+def write_exports(args: argparse.Namespace, comparison: Comparison) -> None:
+    """Write the files that were asked for.
+
+    Raises: RunError if one cannot be written.
+    """
+    for name, written in EXPORTS.items():
+        if (path := getattr(args, name)) is not None:
+            _write(path, written(comparison))
 
 
 def _choose(old: str | None, new: str | None, folder: Path) -> tuple[Run, Run]:
@@ -113,7 +129,6 @@ def measure_again(comparison: Comparison, given: Iterable[kernels.UserKernel] = 
     keys = to_measure_again(comparison)
     if not keys:
         return comparison
-    print(f"measuring {len(keys)} timings again", file=sys.stderr)
     fresh, floor_us = _fresh(keys, known(new.cases), given)
     machine = comparison.machine
     if floor_us is not None and comparison.old.floor_us is not None:  # another process has a launch floor of its own
@@ -138,11 +153,14 @@ def _fresh(
 
     session = Session(kernels={kernel.name: kernel for kernel in given})
     found = {}
+    progress = Progress()
+    progress.start("measured again", len(keys))
     for case, method in sorted(keys):
         try:
             values = session.measure_again(cases[case], method)
         except Exception as error:  # a case that fails here stays what it was
-            print(printable(f"{case} {method}: not measured again: {error!r}"), file=sys.stderr)
+            progress.say(printable(f"{case} {method}: not measured again: {error!r}"), sys.stderr)
         else:
             found[case, method] = timing(case, method, values, values, "measured again")
+        progress.step()
     return found, session.calibration.get("null_kernel_us", {}).get("device")

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..command_line import shows_colour
 from ..saved import storage
 from ..saved.figures import mapping
 from ..saved.run import Run, RunError, from_entries, notes, read_json, short_name
 from ..tables import printable
 from . import theirs
-from .command import shows_colour
 from .result import SHOWN, Comparison
 from .rule import compare
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..command_line import Parser, shows_colour
+from ..compare.command import add_exports, write_exports
 from ..compare.result import Comparison
 from ..compare.rule import compare, confirm, to_measure_again
 from ..compare.yardstick import Machine
@@ -40,7 +42,7 @@ class Ended(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel continuous`: 0 pass, 1 slower or failing, 2 cannot be measured, 3 only suspects, 128 + a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = main_parser()
     args = parser.parse_args(argv)
     folders = args.base_dir, args.head_dir
     if any(folders) != all(folders) or (args.base is None) != all(folders) or (args.repo and any(folders)):
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _signals(), _opened(args) as both:
             return _compared(args, both)
+    except BrokenPipeError:  # nobody reads any more: for the command line, which ends in silence
+        raise
     except (TreeError, CourseError, RunError, OSError) as error:
         print(printable(f"nsa-sel continuous: {error}"), file=sys.stderr)
         return 2
@@ -113,14 +117,15 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
     print(f"saved in {paths[0]} and {paths[1].name}")
     for line in saving.agreement(kept.pairs.values()):
         print(line)
+    comparison = _judged(course, *paths)
     if course.on_gpu:
-        comparison = _judged(course, *paths)
-        print(comparison.text())
+        print(comparison.text(shows_colour()))
         code = comparison.exit_code
     else:
         print(f"{'no GPU' if args.sel_kernel else 'references only'}: no verdict")
         code = 0
     kept.finish()
+    write_exports(args, comparison)
     failures = [_failures(tree, [pair[side] for pair in kept.pairs.values()]) for side, tree in enumerate((base, head))]
     for line in (*failures[0], *failures[1]):
         print(printable(line))
@@ -150,30 +155,36 @@ def _failures(tree: Tree, outcomes: Sequence[Outcomes]) -> list[str]:
     return [f"FAILED in {tree.name} ({len(lines)})", *lines[:SHOWN], *more] if lines else []
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nsa-sel continuous",
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel continuous` is asked with."""
+    parser = Parser(
+        "nsa-sel continuous",
         description="Did a commit make the kernel slower? Measures two commits in turns on this card, in fresh"
         " processes, by the suite of HEAD; the checkout stays as it is. With --sel-kernel of any repository.",
+        examples="""
+            nsa-sel continuous HEAD~1                          the last commit with the working tree as it is
+            nsa-sel continuous main HEAD --sel-matrix full     two commits, all cases
+            nsa-sel continuous HEAD~1 HEAD --markdown c.md     and a comment for a pull request""",
         epilog="exit code: 0 nothing got slower, or no GPU; 1 slower, or a kernel of HEAD fails; 2 cannot be measured;"
         " 3 only suspects",
     )
     parser.add_argument("base", nargs="?", metavar="BASE", help="a commit: HEAD~1, a branch, a short hash")
     parser.add_argument("head", nargs="?", metavar="HEAD", help="a commit (default: the working tree as it is)")
     parser.add_argument("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: hot, smoke on a CPU)")
-    parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
-    parser.add_argument("--sel-family", metavar="NAMES", help="only these families, with commas")
+    parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases")
+    parser.add_argument(
+        "--sel-family", metavar="NAMES", help="only these families, with commas (default: all but peers)"
+    )
     parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
     kernels.add_options(parser.add_argument)
-    parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
     parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, metavar="N", help=f"processes of each commit (default: {ROUNDS})"
+        "-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id (default: all)"
     )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="processes of each commit")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was ended")
     parser.add_argument("--repo", type=Path, metavar="DIR", help="the repository of the commits (default: this one)")
     parser.add_argument("--base-dir", type=Path, metavar="DIR", help="an unpacked tree, in place of BASE")
     parser.add_argument("--head-dir", type=Path, metavar="DIR", help="an unpacked tree, in place of HEAD")
-    parser.add_argument(
-        "--storage", type=Path, metavar="DIR", default=storage.STORAGE, help=f"saved runs (default: {storage.STORAGE})"
-    )
+    parser.add_argument("--storage", type=Path, metavar="DIR", default=storage.STORAGE, help="saved runs")
+    add_exports(parser)
     return parser

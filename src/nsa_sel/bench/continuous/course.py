@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from ..saved.run import IDENTITY
 from ..tune.log import Progress
 from .kept import CourseError, Kept, Key, Outcome, Outcomes, Pair
-from .process import Process, ProcessLost
+from .process import ANSWER_S, Process, ProcessLost
 from .trees import Tree, Trees
 
 PIECE = 100  # cases of one process: a minute on a GPU, and what a course that is ended has to measure again
@@ -142,17 +143,35 @@ class Course:
         if not self.on_gpu or not keys or self.choice.get("kernels"):
             return
         each = max(1, min(len(os.sched_getaffinity(0)), MOST_COMPILERS) // 2)
-        self.progress.out.write(f"compiling the kernels of both with {2 * each} processes\n")
+        self.progress.start(f"compiling the kernels of both with {2 * each} processes", 2 * len(keys))
         with ExitStack() as stack:
-            trees = [tree for tree in (self.trees.base, self.trees.head) for _ in range(each)]
-            processes = [stack.enter_context(self._process(tree)) for tree in trees]
-            for at, process in enumerate(processes):
-                with suppress(ProcessLost):  # whatever it is, the measuring process will say it
-                    _ = process.said
-                    process.send(do="compile", pairs=keys[at % each :: each])
-            for process in processes:
-                with suppress(ProcessLost):
-                    process.answer()
+            todo: dict[Process, Iterator[Key]] = {}
+            for tree in (self.trees.base, self.trees.head):
+                of_tree = iter(keys)
+                todo |= {stack.enter_context(self._process(tree)): of_tree for _ in range(each)}
+            busy = [process for process, left in todo.items() if _compiles_next(process, left)]
+            while busy:
+                for process in select.select(busy, [], [], ANSWER_S)[0] or list(busy):
+                    if not (_has_compiled(process) and _compiles_next(process, todo[process])):
+                        busy.remove(process)
+                    self.progress.step()
+
+
+def _compiles_next(process: Process, todo: Iterator[Key]) -> bool:
+    """Send the next kernel; tell whether there was one, and a process to take it."""
+    with suppress(ProcessLost):  # whatever it is, the measuring process will say it
+        _ = process.said
+        for key in todo:
+            process.send(do="compile", pairs=[key])
+            return True
+    return False
+
+
+def _has_compiled(process: Process) -> bool:
+    with suppress(ProcessLost):
+        process.answer(limit_s=0.0)
+        return True
+    return False
 
 
 def _measured(process: Process, key: Key) -> Outcome:

@@ -56,6 +56,11 @@ class Process:
             self._said = said
         return self._said
 
+    def fileno(self) -> int:
+        """Return what `select` waits for: the pipe of the answers."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
     def send(self, **request: Any) -> None:
         """Ask for something; `answer` then waits for what it says."""
         assert self._process.stdin is not None

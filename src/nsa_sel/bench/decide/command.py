@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command_line import Parser
 from ..saved import storage
 from ..suite import cases
 from ..tables import replace_file
-from ..threshold.write import BEGIN, END
 from ..timer.machine import environment
 from ..tune.log import clock
 
@@ -186,15 +185,6 @@ def saved_runs() -> set[Path]:
     return set(storage.folder(str(storage.STORAGE)).glob(f"*/*_{SAVE}.json"))
 
 
-def make_room() -> None:
-    """Put the files that a threshold is written into where there are none: a folder that is no clone."""
-    if not CONFIG.exists():
-        CONFIG.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(PACKAGE / "base.yaml", CONFIG)
-    if not PRD.exists():
-        PRD.write_text(f"# Threshold decisions\n\n{BEGIN}\n{END}\n", encoding="utf-8")
-
-
 def written(since: float, results: Path) -> Iterator[Path]:
     """Yield the files that the steps have written."""
     for root in (storage.STORAGE, results, PACKAGE / "tuned", CONFIG.parent, PRD):
@@ -204,33 +194,36 @@ def written(since: float, results: Path) -> Iterator[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel decide`: 0, 1 if the kernel is wrong, a step fails or no threshold follows, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="nsa-sel decide",
-        description=__doc__,
-        epilog="example: nsa-sel decide --tune none      with the launches that the rules choose",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--matrix", choices=cases.MATRICES, default="full", help="cases of the perf runs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tune",
-        choices=(*cases.MATRICES, "none"),
-        default="hot",
-        help="cases whose launches are searched for; none: the rules' stay (default: %(default)s)",
-    )
-    args = parser.parse_args(argv)
+    args = main_parser().parse_args(argv)
     machine = about(args)
     on_gpu = machine["gpu"] is not None
     results = Path("bench/results") / storage.slug(machine["gpu"]) if on_gpu else SMOKE_RESULTS
-    if on_gpu:
-        make_room()
-    else:
+    if not on_gpu:
         print("no GPU here: the smoke form of each step, on the CPU; nothing is decided, and nothing is switched on")
     state = State(results / "decide.json", machine)
     if state.note:
         print(state.note)
     return _course(steps(args, on_gpu, results), state, results, on_gpu)
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel decide` is asked with."""
+    parser = Parser(
+        "nsa-sel decide",
+        description=__doc__,
+        examples="""
+            nsa-sel decide
+            nsa-sel decide --tune none   with the launches that the rules choose""",
+        epilog="exit code: 0 decided; 1 the kernel is wrong, a step failed or no threshold follows; 130 interrupted",
+    )
+    parser.add_argument("--matrix", choices=cases.MATRICES, default="full", help="cases of the perf runs")
+    parser.add_argument(
+        "--tune",
+        choices=(*cases.MATRICES, "none"),
+        default="hot",
+        help="cases whose launches are searched for; none: the rules' stay",
+    )
+    return parser
 
 
 def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -> int:
@@ -245,6 +238,9 @@ def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -
         print(f"{head}{f'  about {clock(left)} left{basis}' if left else ''}", flush=True)
         before, start = saved_runs(), time.monotonic()
         code = perform(step, _runs(state.done), state.begin(step), on_gpu)
+        seconds = time.monotonic() - start
+        # Where nobody reads any more this ends the command in silence: the step's own code says no more than 1.
+        print(f"{step.name} took {clock(seconds)}", flush=True)
         new = max(saved_runs() - before, key=lambda path: path.stat().st_mtime, default=None) if step.saves else None
         if code and step.name == "parity":
             print("nsa-sel decide: parity failed: a kernel that is wrong here is not timed", file=sys.stderr)
@@ -256,7 +252,7 @@ def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -
             print("no table: the launches stay those of the rules")
             code = 0
         status = max(status, code)
-        state.end(step, time.monotonic() - start, new)
+        state.end(step, seconds, new)
     state.path.unlink()
     print("Files written:", *written(state.kept["began"], results), sep="\n")
     return status

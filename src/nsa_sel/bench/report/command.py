@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...config import ConfigError, SelConfig
+from ..command_line import Parser
 from ..compare.rule import compare
 from ..saved import storage
 from ..saved.run import RunError, Saved, load
@@ -107,20 +108,14 @@ def chosen_length(gpu: str, decided: Decision | None, config: SelConfig) -> tupl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel report`: 0, or 2 if a run cannot be read or the plotting library is missing."""
-    parser = argparse.ArgumentParser(prog="nsa-sel report", description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="[OLD] NEW", help="files, saved names, prefixes or commits; OLD: what changed since"
-    )
-    parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files, made if missing")
+    parser = main_parser()
     args = parser.parse_args(argv)
     if len(args.runs) > 2:
         parser.error("give one run, or OLD and NEW")
     folder = storage.folder(args.storage)
     try:
         *old, new = (storage.find(run, folder) for run in args.runs)
-        for path in write(new, old[0] if old else None, args.out, SelConfig.load(env={}), folder):
-            print(path)
+        written = write(new, old[0] if old else None, args.out, SelConfig.load(env={}), folder)
     except (RunError, ThresholdError, ConfigError, OSError) as error:
         print(f"nsa-sel report: {error}", file=sys.stderr)
         return 2
@@ -129,4 +124,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"nsa-sel report: needs {error.name}, of the extra `bench`: pip install 'nsa-sel[bench]'", file=sys.stderr
         )
         return 2
+    for path in written:
+        print(path)
     return 0
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel report` is asked with."""
+    parser = Parser(
+        "nsa-sel report",
+        description=__doc__,
+        examples="""
+            nsa-sel report 0002 --out report        one saved run
+            nsa-sel report 0001 0002 --out report   and what changed since an older one""",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="[OLD] NEW", help="files, saved names, prefixes or commits; OLD: what changed since"
+    )
+    parser.add_argument("--storage", default=str(storage.STORAGE), metavar="DIR", help="folder of the saved runs")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the files, made if missing (required)"
+    )
+    return parser

@@ -20,7 +20,7 @@ pytest_plugins = [f"{__package__}.kernel_options"]  # whose kernels are methods 
 
 FAMILY_HELP = (
     f"only these, with commas: {', '.join(matrix.FAMILIES)}; {matrix.PEERS}: beside other people's kernels; "
-    f"{matrix.PAGED}: calls of servers, K and V in pages and without"
+    f"{matrix.PAGED}: calls of servers, K and V in pages and without (default: all but these two)"
 )
 
 

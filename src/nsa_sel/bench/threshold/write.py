@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...config import SelConfig
+from ...config import PACKAGED_FILE, SelConfig
 from ..saved.run import Saved
 from ..saved.speedups import TRITON, geomean
 from ..tables import as_markdown, replace_file
@@ -16,6 +16,7 @@ from .judged import ThresholdError
 from .rule import LAUNCHES, NEEDED_SPEEDUP, Decision, Threshold, Verdict
 
 BEGIN, END = "<!-- threshold:begin -->", "<!-- threshold:end -->"
+NEW_PRD = "# From which selected length on Triton is switched on"  # heads a file that is made
 # How the verdict calls packed SDPA's forms.
 FORMS = {
     "packed_sdpa_fused": "with fused packing",
@@ -28,9 +29,11 @@ _ENTRY = re.compile(r"^<!-- gpu: (?P<gpu>.+?) -->$", re.MULTILINE)
 def apply(decision: Decision, config: Path, prd: Path) -> list[Path]:
     """Write this GPU's entry of `runtime.sel_triton_min_L` and its section of PRD.md; return the files that changed.
 
-    Both new texts are made before the first file is replaced. Applying the same runs again changes nothing.
+    Both new texts are made before the first file is replaced. Applying the same runs again changes nothing. A missing
+    file is made: the configuration as a copy of the packaged one, which it stands in place of.
 
-    Raises: ThresholdError if the decision is null, ruamel.yaml is missing, or a file does not have the expected form.
+    Raises: ThresholdError if the decision is null, ruamel.yaml is missing, or a file does not have the expected form or
+    cannot be written.
     """
     if decision.kernel != TRITON["op"]:
         raise ThresholdError(f"--apply: the configuration is of this package's kernel, and not of {decision.kernel}")
@@ -40,9 +43,13 @@ def apply(decision: Decision, config: Path, prd: Path) -> list[Path]:
         config: _config_text(config, decision.gpu, decision.min_L),
         prd: _prd_text(prd, decision),
     }
-    changed = [file for file, text in changes.items() if text != _read(file)]
+    changed = [file for file, text in changes.items() if not file.exists() or text != _read(file)]
     for file in changed:
-        replace_file(file, changes[file])
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, changes[file])
+        except OSError as error:
+            raise ThresholdError(f"{file}: cannot be written ({error.strerror})") from None
     return changed
 
 
@@ -159,6 +166,7 @@ def _length_table(threshold: Threshold) -> str:
 
 def _config_text(path: Path, gpu: str, min_len: int) -> str:
     """Return the YAML text with this GPU's entry set, comments and order kept."""
+    path = path if path.exists() else PACKAGED_FILE
     text = _read(path)
     if SelConfig.load(path, env={}).sel_triton_min_L.get(gpu, "absent") == min_len:
         return text
@@ -184,9 +192,11 @@ def _config_text(path: Path, gpu: str, min_len: int) -> str:
 
 def _prd_text(path: Path, decision: Decision) -> str:
     """Return the text of PRD.md with this GPU's entry between the markers replaced, the other GPUs' kept."""
-    text = _read(path)
+    text = _read(path) if path.exists() else f"{NEW_PRD}\n\n{BEGIN}\n{END}\n"
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise ThresholdError(f"{path}: expected the lines {BEGIN} and {END}, once each and in this order")
+        raise ThresholdError(
+            f"{path}: expected the lines {BEGIN} and {END}, once each and in this order; add them or give another --prd"
+        )
     before, rest = text.split(BEGIN)
     section, after = rest.split(END)
     starts = list(_ENTRY.finditer(section))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ...kernel import tuned_table
 from ...kernel.call import Gpu
+from ..command_line import Parser
 from ..saved.storage import slug
 from ..suite import case_file, cases
 from ..suite.cases import Case
@@ -91,15 +92,26 @@ def select(args: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nsa-sel tune", description=__doc__)
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel tune` is asked with."""
+    parser = Parser(
+        "nsa-sel tune",
+        description=__doc__,
+        examples="""
+            nsa-sel tune                                     the hot shape, some minutes
+            nsa-sel tune --matrix full --family decode     other cases, by their ids
+            nsa-sel tune --sel-cases mine.yaml               shapes of your own""",
+        epilog="exit code: 0 a table was written; 1 nothing can be tuned here; 2 bad arguments; 130 interrupted",
+    )
     parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
-    parser.add_argument("--family", metavar="NAMES", help=f"only these, with commas: {', '.join(cases.FAMILIES)}")
+    parser.add_argument("--family", metavar="NAMES", help=f"with commas, of {', '.join(cases.FAMILIES)} (default: all)")
     parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
-    parser.add_argument("-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id")
+    parser.add_argument(
+        "-k", action="append", default=[], metavar="TEXT", help="only cases with TEXT in their id (default: all)"
+    )
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of the cases; the table serves both")
     parser.add_argument("--exhaustive", action="store_true", help="every chunk of D and Dv in the first round too")
-    parser.add_argument("--top", type=int, default=4, metavar="K", help="finalists of each class (default: 4)")
+    parser.add_argument("--top", type=int, default=4, metavar="K", help="finalists of each class")
     parser.add_argument(
         "--out",
         type=Path,
@@ -119,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel tune`: 0, 1 if it cannot tune here, 2 for bad arguments, 130 if it was interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = main_parser()
     args = parser.parse_args(argv)
     if args.top < 2:
         parser.error(f"--top: value is {args.top}, expected at least 2")
@@ -143,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nnsa-sel tune: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads any more: for the command line, which ends in silence
+        raise
     except (SweepError, OSError) as error:
         return _refuse(str(error))
 

@@ -121,6 +121,13 @@ class Progress:
             else:
                 print(text, file=self.out, flush=True)
 
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Print a line, to standard output unless told; on a terminal the line shown makes room and comes again."""
+        if self.terminal:
+            print(f"\r{'':{shutil.get_terminal_size().columns - 1}}\r", end="", file=self.out, flush=True)
+            self.shown = self.began  # long ago: the next step shows it
+        print(text, file=file, flush=True)
+
     def bar(self, width: int = 24) -> str:
         filled = width * self.done // self.total
         return f"[{'#' * filled}{'.' * (width - filled)}]"
