@@ -170,12 +170,14 @@ class Plan:
         """Launch, and return the result.
 
         out: contiguous [B, S, G, H, Dv] of q's dtype to write into. lse: contiguous fp32 [B, S, G, H] that receives the
-        rows' natural-log LSE. placed: what `places` has for K and V; None: for those of the call before.
+        rows' natural-log LSE. placed: what `places` found for K and V, where the caller has it at hand.
 
         Raises: KernelFailed if the kernel does not compile or start.
         """
         global _launches
-        placed = placed or self.places.last
+        placed = placed or self.places.find(lie_of(k, v))
+        if placed is None:
+            return Plan(q, k, v, ranges, *self.arguments).run(q, k, v, ranges, out, lse)
         if not INTERPRETED and torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, ranges, out, lse, placed)
