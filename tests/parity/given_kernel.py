@@ -98,7 +98,9 @@ class _PoisonedEmpty(TorchFunctionMode):
 @contextlib.contextmanager
 def _entered_reference() -> Iterator[list[str]]:
     """List the functions of nsa_sel.reference that are entered meanwhile, whatever name they were imported under."""
-    for function in filter(inspect.isfunction, vars(reference).values()):
+    inlined = [function for function in vars(reference).values() if inspect.isfunction(function)]
+    inlined = [function for function in inlined if not hasattr(function, "_torchdynamo_disable")]
+    for function in inlined:
         function._torchdynamo_disable = True  # torch.compile would inline it, and nothing would enter it
     entered: list[str] = []
 
@@ -114,3 +116,5 @@ def _entered_reference() -> Iterator[list[str]]:
     finally:
         sys.setprofile(before)
         threading.setprofile(before)
+        for function in inlined:
+            del function._torchdynamo_disable

@@ -222,6 +222,16 @@ def test_a_compiled_kernel_that_calls_the_reference_fails_by_name():
         watched(kernel)(q, kv, kv, torch.tensor([0, 8]).view(1, 1, 1, 1, 2))
 
 
+@pytest.mark.filterwarnings("default")
+def test_the_reference_is_compiled_as_before_once_a_kernel_was_watched():
+    q, kv, ranges = torch.randn(1, 1, 1, 1, 16), torch.randn(1, 1, 8, 16), torch.tensor([0, 8]).view(1, 1, 1, 1, 2)
+    watched(lambda q, k, v, ranges, **options: v[:, None, :, :1].clone())(q, kv, kv, ranges)
+    torch._dynamo.reset()
+    known = {"min_len": 8, "max_len": 8}
+    compiled = torch.compile(lambda *x: reference.packed_sdpa(*x, **known), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, kv, kv, ranges), reference.packed_sdpa(q, kv, kv, ranges))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
