@@ -1,4 +1,4 @@
-"""The cases of `--sel-cases FILE` through the gate; without the option this file is not collected.
+"""The cases of `--sel-cases FILE`, or of `--sel-matrix random`, through the gate; else this file is not collected.
 
 The kernel runs the whole case; of a large one at most some 500 rows, every group's and spread over the tokens, are
 compared with the oracle, which takes one row at a time.

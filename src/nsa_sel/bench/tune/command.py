@@ -19,7 +19,7 @@ from ...kernel import tuned_table
 from ...kernel.call import Gpu
 from ..command_line import Parser
 from ..saved.storage import slug
-from ..suite import case_file, cases
+from ..suite import case_file, cases, random_cases
 from ..suite.cases import Case
 from ..tables import replace_file
 from ..timer.machine import environment
@@ -84,7 +84,8 @@ def select(args: argparse.Namespace) -> list[Case]:
     if args.sel_cases:
         chosen = case_file.read(args.sel_cases, args.dtype)
     else:
-        chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
+        random = args.sel_seed, args.sel_count
+        chosen = random_cases.of_matrix(args.matrix or "hot", args.dtype, args.family if given else "rows", *random)
     chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
     chosen = [case for case in chosen if not (case.ragged and case.n_spans == 1)]
     if not chosen:
@@ -103,7 +104,12 @@ def main_parser() -> argparse.ArgumentParser:
             nsa-sel tune --sel-cases mine.yaml               shapes of your own""",
         epilog="exit code: 0 a table was written; 1 nothing can be tuned here; 2 bad arguments; 130 interrupted",
     )
-    parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
+    parser.add_argument(
+        *("--matrix", "--sel-matrix"),
+        choices=random_cases.MATRICES,
+        help="cases to tune (default: the hot shape, N=1024 rows)",
+    )
+    random_cases.add_options(parser.add_argument)
     parser.add_argument("--family", metavar="NAMES", help=f"with commas, of {', '.join(cases.FAMILIES)} (default: all)")
     parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
     parser.add_argument(
