@@ -22,6 +22,7 @@ from ...kernel.launch_config import (
 )
 from ...kernel.tuned_table import Key
 from ..suite.cases import ELEMENT_BYTES, Case
+from ..suite.distributions import law_of
 
 WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
 BLOCK_L = (16, 32, 64, 128, 256)
@@ -59,8 +60,8 @@ def variant(case: Case, launch: LaunchConfig) -> Variant:
 
 def call_of(case: Case) -> Call:
     """Return the case's call as launches are chosen by it, with the hints that the suite gives."""
-    size = ELEMENT_BYTES[case.dtype]
-    return Call(case.N, case.H, case.D, case.Dv, case.n_spans, case.L, case.S > 1, size, one_length=True)
+    size, longest = ELEMENT_BYTES[case.dtype], case.longest
+    return Call(case.N, case.H, case.D, case.Dv, case.n_spans, longest, case.S > 1, size, one_length=case.one_length)
 
 
 def key(case: Case, gpu: Gpu) -> Key:
@@ -72,7 +73,7 @@ def longest_span(case: Case) -> int:
     """Return the most tokens that a span of the case may have."""
     if case.block:
         return case.block
-    return case.L // case.n_spans if case.layout == "many" else case.L
+    return -(-case.longest // case.n_spans) if law_of(case.layout) in ("many", "equal", "ragged") else case.L
 
 
 def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
