@@ -106,7 +106,9 @@ class RegretSweep(Sweep):
             case: [launch for launch in self.launches[case] if launch != default]
             for case, default in self.untuned.items()
         }
-        finalists = {case: self._best(FIRST, case, launches, AGAIN) for case, launches in others.items()}
+        finalists: dict[Class, list[LaunchConfig]] = {
+            case: self._best(FIRST, case, launches, AGAIN) for case, launches in others.items()
+        }
         self._finals(finalists)
         found = []
         for case, default in self.untuned.items():
