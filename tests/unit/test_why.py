@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from test_rules import GPUS, calls
 
+from nsa_sel.bench.checks import planning
+from nsa_sel.bench.methods import prepare
+from nsa_sel.bench.suite.cases import rows_case
+from nsa_sel.bench.suite.inputs import make_inputs
 from nsa_sel.bench.why import command
 from nsa_sel.kernel import choice, rules, tuned_table
 from nsa_sel.kernel.call import Call
@@ -113,3 +118,28 @@ def test_without_a_gpu_one_must_be_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main(DECODE)
     assert "--gpu: there is no GPU here, expected one of " in capsys.readouterr().err
+
+
+def test_a_benchmark_saves_its_launch_and_the_reason(no_table, monkeypatch):
+    launch = pytest.importorskip("nsa_sel.kernel.launch")
+    case = rows_case("bf16", "few", 4, 64, 64, 48, 4)
+    x = make_inputs(case, "cpu")
+    monkeypatch.setattr(launch, "unsupported_reason", lambda *tensors: None)
+    monkeypatch.setattr(prepare, "_operation", lambda x, backend: lambda: setattr(launch, "_launches", -1))
+    details = prepare._triton(SimpleNamespace(case=case, inputs=x), core=False).details
+    launched = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=48, max_len=48)
+    call = launch.call_of(x.q, x.k, x.v, x.ranges, min_len=48, max_len=48)
+    rule = rules.decide(call, launch.gpu_of(x.q.device)).rule
+    assert details == {"config": str(launched), "config_reason": f"rules: {rule}"}
+
+
+def test_planning_is_timed_without_a_gpu(monkeypatch, capsys):
+    pytest.importorskip("nsa_sel.kernel.launch")
+    monkeypatch.setattr(planning, "TIMES", 3)
+    monkeypatch.setattr(planning.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(planning, "LIMIT_US", 1e6)
+    assert planning.main([]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4 and all(re.search(r"^\S+: a plan \d+\.\d µs$", line) for line in out[:3])
+    monkeypatch.setattr(planning, "LIMIT_US", 0.0)
+    assert planning.main([]) == 1

@@ -82,7 +82,9 @@ def _triton(state: CaseState, core: bool) -> Prepared:
         raise WrongResult(f"{state.case.id}: the kernel did not run")
     planned = device.call_of(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
     why = choice.explain(planned, device.gpu_of(x.q.device))
-    return Prepared(call, functools.partial(as_rows, state.case), {"config": str(why.launch), "reason": str(why)})
+    return Prepared(
+        call, functools.partial(as_rows, state.case), {"config": str(why.launch), "config_reason": str(why)}
+    )
 
 
 def _fused(x: Inputs) -> Callable[[], Tensor]:
