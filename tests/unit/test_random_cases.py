@@ -74,8 +74,8 @@ def test_the_sizes_reach_over_the_whole_supported_range_and_not_beyond():
 
 @pytest.mark.parametrize("name", ["N", "L", "H"])
 def test_sizes_are_drawn_by_their_logarithm(name):
-    found = sorted(math.log(getattr(case, name)) for case in FIRST)
-    assert 0.4 < found[500] / found[-1] < 0.6
+    found = sorted(math.log(getattr(case, name)) for case in FIRST if not case.block)  # a sequence has many rows
+    assert 0.4 < found[len(found) // 2] / found[-1] < 0.6
 
 
 def test_packed_rows_and_caches_take_no_more_than_8_gb():

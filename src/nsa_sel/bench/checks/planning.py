@@ -1,13 +1,14 @@
-"""How long the host takes to plan a call that it has not seen: launch, grid and arguments. Docs: docs/kernel.md.
+"""How long the host takes to plan a call that it has not seen: launch, grid and arguments.
 
     python -m nsa_sel.bench.checks.planning
 
 On a GPU a whole new call is timed too, of a kernel that is compiled: check, route, plan and the public launch. Without
-one the plans are of tensors without memory, for the launches of an H200.
+one the plans are of tensors without memory, for the launches of an H200. Source: docs/kernel.md, "Why this launch".
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -76,6 +77,7 @@ def _median_us(call: Callable[[int], object]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the times; 0, or 1 if a plan takes longer than LIMIT_US."""
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     on_gpu = torch.cuda.is_available()
     plans = {case: plan_us(case, "cuda" if on_gpu else "meta") for case in CASES}
     for case, us in plans.items():

@@ -120,7 +120,7 @@ def _prefill(dice: random.Random, dtype: str, within: Range) -> Case | None:
     n_spans = _log_uniform(dice, 1, min(MOST_SPANS, max(1, within.tokens // block)))
     layout = "local" if dice.random() < 0.5 and n_spans >= 3 else "random"
     S = block * _log_uniform(dice, n_spans, max(n_spans, within.queries // block))
-    G = _power_of_2(dice)
+    G = min(_power_of_2(dice), max(1, within.queries // S))
     N = S * G * _log_uniform(dice, 1, max(1, within.queries // (S * G)))
     case = Case(RANDOM, dtype, layout, H, D, Dv, n_spans * block, N, S, G, S_kv=S, block=block, name=f"S{S}-G{G}")
     return None if within.queries < N or S < 2 else _unless_too_large(case)
