@@ -28,6 +28,7 @@ from nsa_sel.bench.suite.distributions import law_of
 from nsa_sel.bench.suite.inputs import make_ranges
 from nsa_sel.bench.suite.random_cases import RANDOM, SMALL, WHOLE, draw
 from nsa_sel.bench.suite.saved_cases import definitions, rebuilt
+from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.kernel.launch_config import MAX_WIDTH
 
@@ -195,6 +196,12 @@ def test_a_comparison_says_that_the_random_cases_are_others(tmp_path):
     text = compare(first, second).text()
     assert "note: other random cases: seed 1, count 6 -> seed 2, count 6" in text and "no case in common" in text
     assert "other random cases" not in compare(first, first).text()
+
+
+def test_no_threshold_is_taken_from_them(tmp_path, capsys):
+    assert threshold_command.main([random_run(tmp_path).path]) == 2
+    said = capsys.readouterr().err
+    assert "is of random cases, from which no threshold follows; give runs of the matrix" in said
 
 
 def results(ratios: dict[str, tuple[float, float]]) -> list[dict]:

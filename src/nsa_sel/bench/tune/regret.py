@@ -14,7 +14,7 @@ from typing import Any
 from ...kernel.launch_config import LaunchConfig, chunk_width
 from ..saved.speedups import geomean
 from ..suite.cases import Case
-from . import workers
+from . import space, workers
 from .log import clock
 from .results import Ranked
 from .sweep import FINAL, FIRST, Class, Sweep
@@ -79,6 +79,10 @@ class RegretSweep(Sweep):
 
     def grid(self, D: int, Dv: int) -> Iterable[LaunchConfig]:
         return grid(D, Dv, self.gpu.has_tma)
+
+    def unfit(self, launch: LaunchConfig, case: Case) -> str | None:
+        """Leave out what cannot run, and parts or whole tiles that would be empty: no launch by an estimate."""
+        return space.unfit(launch, case, self.gpu, but=(space.SPILLS, space.LONG_TILES, space.IDLE))
 
     def plan(self) -> Iterator[str]:
         """Yield the lines that name the grid, and say what of it is left out and why, and how long it may take."""

@@ -6,7 +6,7 @@ Source: docs/kernel.md, "Where the launch comes from".
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 from ...kernel.call import Call, Gpu
@@ -33,6 +33,10 @@ STAGES = (1, 2, 3)
 SPLITS = tuple((n, c) for n in (1, 2, 4, 8, 16, 32, 64) for c in dict.fromkeys((1, 2, min(n, 8))) if c <= n)
 MORE_STAGES = 4  # tried around the best
 MAX_REGISTERS = (96, 144, 168, 216)  # likewise
+# Reasons that estimate; beside the others these leave hardly a launch for wide rows, many heads or short rows.
+SPILLS = "more registers than a thread has"
+LONG_TILES = "tiles more than twice as long as a row"
+IDLE = "too few splits to fill a sixteenth of the GPU"
 REGISTERS = 280  # a thread has 255, but the estimate is too high by that much
 
 
@@ -97,9 +101,12 @@ def around(launch: LaunchConfig) -> Iterator[LaunchConfig]:
             yield replace(launch, max_registers=registers)
 
 
-def unfit(launch: LaunchConfig, case: Case, gpu: Gpu) -> str | None:
-    """Say why a launch cannot run a case on a GPU, or is sure to be slower than another; None if it is worth timing."""
-    return next((reason for reason, applies in RULES.items() if applies(launch, case, gpu)), None)
+def unfit(launch: LaunchConfig, case: Case, gpu: Gpu, but: Container[str] = ()) -> str | None:
+    """Say why a launch cannot run a case on a GPU, or is sure to be slower than another; None if it is worth timing.
+
+    but: reasons that do not count.
+    """
+    return next((reason for reason, applies in RULES.items() if reason not in but and applies(launch, case, gpu)), None)
 
 
 def registers(launch: LaunchConfig, case: Case) -> int:
@@ -140,14 +147,14 @@ RULES: dict[str, Rule] = {
         c.cluster > 2 and 2 * case.N * c.splits > gpu.sm_count and _too_much_shared(c, case, gpu, programs=2)
     ),
     "more shared memory than a program may use": _too_much_shared,
-    "more registers than a thread has": lambda c, case, gpu: registers(c, case) > REGISTERS,
+    SPILLS: lambda c, case, gpu: registers(c, case) > REGISTERS,
     "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
         c.load in WHOLE_LOADS and c.block_l > longest_span(case)
     ),
-    "tiles more than twice as long as a row": lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
+    LONG_TILES: lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
     "more splits than tiles": lambda c, case, gpu: c.splits > 1 and c.splits * c.block_l > case.L,
     "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
         c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
     ),
-    "too few splits to fill a sixteenth of the GPU": _idle,
+    IDLE: _idle,
 }

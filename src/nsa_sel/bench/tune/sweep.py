@@ -95,11 +95,15 @@ class Sweep:
         """Return the launches of the first round, those that are not worth timing included."""
         return space.grid(D, Dv, self.every_chunk)
 
+    def unfit(self, launch: LaunchConfig, case: Case) -> str | None:
+        """Say why a launch is not worth timing for a case; None if it is."""
+        return space.unfit(launch, case, self.gpu)
+
     def _worth_timing(self, of_class: Sequence[Case]) -> list[LaunchConfig]:
         """Return the launches of the first round; what fits no case of the class is counted by its reason."""
         found = [self.untuned[case] for case in of_class]
         for launch in self.grid(of_class[0].D, of_class[0].Dv):
-            reasons = [space.unfit(launch, case, self.gpu) for case in of_class]
+            reasons = [self.unfit(launch, case) for case in of_class]
             if None in reasons:
                 found.append(launch)
             else:
@@ -144,7 +148,7 @@ class Sweep:
                 launch
                 for launch in dict.fromkeys(other for each in best for other in space.around(each))
                 if launch not in self.launches[key]
-                and any(space.unfit(launch, case, self.gpu) is None for case in self.classes[key])
+                and any(self.unfit(launch, case) is None for case in self.classes[key])
             ]
         self._time(FIRST, near)
         tried = {key: [*self.launches[key], *near[key]] for key in self.classes}
