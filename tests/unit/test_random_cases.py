@@ -165,13 +165,13 @@ def test_on_a_gpu_the_whole_range_is_drawn_whatever_the_gpu(monkeypatch):
 
 def test_tune_takes_them():
     args = ["--sel-matrix", "random", "--sel-seed", "1", "--sel-count", "9", "-k", "S1-"]
-    chosen = tune_command.select(tune_command._parser().parse_args(args))
+    chosen = tune_command.select(tune_command.main_parser().parse_args(args))
     assert chosen == [case for case in draw(1, 9, within=SMALL) if case.S == 1]
 
 
 def test_continuous_takes_them(capsys):
     asked = ["--base-dir", "a", "--head-dir", "b", "--sel-matrix", "random", "--sel-count", "9"]
-    args = continuous_command._parser().parse_args(asked)
+    args = continuous_command.main_parser().parse_args(asked)
     assert (args.sel_matrix, args.sel_seed, args.sel_count) == ("random", None, 9)
     assert worker.choose("random", "bf16", None, ["equal"], seed=1, count=9) == [
         case for case in draw(1, 9, within=SMALL) if "equal" in case.layout

@@ -136,7 +136,7 @@ def tell(tmp_path):
 
     def tell(chosen, bench, *arguments):
         given = ["--regret", "--results", str(tmp_path / "results"), *arguments]
-        args = command._parser().parse_args(given)
+        args = command.main_parser().parse_args(given)
         command.select(args)
         return command.tell_regret(args, chosen, H200, bench, FakeCompiler(), Progress(io.StringIO()))
 
@@ -186,7 +186,7 @@ def test_no_table_of_launches_is_written(tell, tmp_path):
     ],
 )
 def test_the_cases_that_arguments_mean(arguments, expected):
-    args = command._parser().parse_args(["--regret", *arguments])
+    args = command.main_parser().parse_args(["--regret", *arguments])
     if expected is None:
         with pytest.raises(ValueError, match="no case"):
             command.select(args)

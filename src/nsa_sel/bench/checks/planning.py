@@ -8,7 +8,6 @@ one the plans are of tensors without memory, for the launches of an H200. Source
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ... import selection_attention
+from ..command_line import Parser
 from ..suite import cases
 from ..suite.cases import Case
 from ..suite.inputs import TORCH_DTYPES
@@ -77,7 +77,8 @@ def _median_us(call: Callable[[int], object]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the times; 0, or 1 if a plan takes longer than LIMIT_US."""
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    command = f"python -m {__package__}.planning"
+    Parser(command, description=__doc__, examples=command).parse_args(argv)
     on_gpu = torch.cuda.is_available()
     plans = {case: plan_us(case, "cuda" if on_gpu else "meta") for case in CASES}
     for case, us in plans.items():

@@ -110,7 +110,8 @@ def main_parser() -> argparse.ArgumentParser:
         examples="""
             nsa-sel tune                                     the hot shape, some minutes
             nsa-sel tune --matrix full --family decode     other cases, by their ids
-            nsa-sel tune --sel-cases mine.yaml               shapes of your own""",
+            nsa-sel tune --sel-cases mine.yaml               shapes of your own
+            nsa-sel tune --regret --json regret.json         40 random shapes; no table""",
         epilog="exit code: 0 a table was written; 1 nothing can be tuned here; 2 bad arguments; 130 interrupted",
     )
     parser.add_argument(

@@ -13,6 +13,7 @@ from ...kernel import choice
 from ...kernel.call import Call, Gpu
 from ...kernel.launch_config import MAX_HEADS, MAX_SPANS, MAX_WIDTH
 from ..checks.variants import ARCHITECTURES
+from ..command_line import Parser
 from ..suite.cases import ELEMENT_BYTES
 
 MAKER = "NVIDIA "  # before the names of GPUs, in torch and in the files of tuned tables
@@ -54,16 +55,24 @@ def describe(call: Call, gpu: Gpu, known_length: bool) -> Iterator[str]:
         yield f"  {', '.join(fields)}: {reason}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nsa-sel why", description=__doc__)
-    parser.add_argument("--H", type=int, required=True, help=f"query heads per group, up to {MAX_HEADS}")
-    parser.add_argument("--D", type=int, required=True, help="width of q and K")
+def main_parser() -> argparse.ArgumentParser:
+    """Return what `nsa-sel why` is asked with."""
+    parser = Parser(
+        "nsa-sel why",
+        description="Which launch does a call get, and which rule decided it? On this GPU, or on one that is named.",
+        examples="""
+            nsa-sel why --H 16 --D 128 --N 4 --L 1024 --spans 16              decode, on this GPU
+            nsa-sel why --H 8 --D 96 --N 64 --L 512 --spans 1 --gpu sm_89     on another""",
+        epilog="exit code: 0, or 2 for bad arguments or if there is no GPU and none is named",
+    )
+    parser.add_argument("--H", type=int, required=True, help=f"query heads per group, up to {MAX_HEADS} (required)")
+    parser.add_argument("--D", type=int, required=True, help="width of q and K (required)")
     parser.add_argument("--Dv", type=int, help="width of V (default: D)")
-    parser.add_argument("--N", type=int, required=True, help="rows: batch x query tokens x groups")
-    parser.add_argument("--L", type=int, required=True, help="selected tokens of the longest row")
-    parser.add_argument("--spans", type=int, required=True, help="spans per row")
-    parser.add_argument("--S", type=int, default=1, help="query tokens per sequence (default: 1)")
-    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="of q, K and V (default: bf16)")
+    parser.add_argument("--N", type=int, required=True, help="rows: batch x query tokens x groups (required)")
+    parser.add_argument("--L", type=int, required=True, help="selected tokens of the longest row (required)")
+    parser.add_argument("--spans", type=int, required=True, help="spans per row (required)")
+    parser.add_argument("--S", type=int, default=1, help="query tokens per sequence")
+    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="of q, K and V")
     parser.add_argument("--unequal", action="store_true", help="rows differ in length (min_len is not max_len)")
     parser.add_argument("--no-max-len", action="store_true", help="no hints are given, and L is S_kv")
     architectures = ", ".join(f"sm_{arch}" for arch in ARCHITECTURES)
@@ -73,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nsa-sel why`: 0, or 2 for bad arguments or if there is no GPU and none is named."""
-    parser = _parser()
+    parser = main_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     Dv = args.D if args.Dv is None else args.Dv
     for name, value, most in (("H", args.H, MAX_HEADS), ("spans", args.spans, MAX_SPANS)):
