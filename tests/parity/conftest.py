@@ -18,6 +18,7 @@ import torch
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
+from nsa_sel.bench.suite.random_cases import RANDOM
 from nsa_sel.config import get_config, test_triton_sel
 
 __all__ = ["pytest_benchmark_group_stats"]
@@ -51,10 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what is for given kernels or a file of cases alone, where there is none."""
+    """Leave out what is for given kernels alone, or for a file of cases or random ones, where there are none."""
     needed = {
         HERE / "test_given.py": kernels_of,
-        HERE / "test_own_cases.py": lambda config: config.getoption("sel_cases"),
+        HERE / "test_own_cases.py": lambda config: (
+            config.getoption("sel_cases") or config.getoption("sel_matrix") == RANDOM
+        ),
     }
     return True if collection_path in needed and not needed[collection_path](config) else None
 

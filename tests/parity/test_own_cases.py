@@ -1,7 +1,7 @@
-"""The cases of `--sel-cases FILE` through the gate; without the option this file is not collected.
+"""The cases of `--sel-cases FILE`, or of `--sel-matrix random`, through the gate; else this file is not collected.
 
-The kernel runs the whole case; of a large one at most some 500 rows, every group's and spread over the tokens, are
-compared with the oracle, which takes one row at a time.
+The kernel runs the whole case; of a large one at most some 500 rows, every group's and spread over the batch and the
+tokens, are compared with the oracle, which takes one row at a time.
 """
 
 import pytest
@@ -15,7 +15,8 @@ from .parity_case import DEVICE, ON_GPU, Case, fail, judge, keep_record, run_ker
 ROWS = 512
 MADE = """from nsa_sel.bench.suite import cases, inputs; from nsa_sel.bench.suite.recorded import Recorded
 x = inputs.make_inputs(cases.{!r}, "{}"); q, k, v, ranges = x.q, x.k, x.v, x.ranges"""
-KEPT = "s = torch.linspace(0, {}, {}).long().to(out.device); out, q, ranges = out[:, s], q[:, s], ranges[:, s]"
+KEPT = """s = torch.linspace(0, {}, {}).long().to(out.device)
+out, q, ranges, k, v = out[::{step}, s], q[::{step}, s], ranges[::{step}, s], k[::{step}], v[::{step}]"""
 INTERPRETER_LIMIT = 2**16  # selected tokens of all rows, which it computes in some 20 seconds
 
 
@@ -40,7 +41,8 @@ def test_own_case_triton_sel_parity(sel_case):
     ours = given_kernel.under_test is None
     if ours and (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
         pytest.skip(f"the Triton kernel cannot run it: {reason}")
-    n = min(max(1, ROWS // (sel_case.B * sel_case.G)), sel_case.S)
+    step = -(-sel_case.B * sel_case.G // ROWS)  # in the batch
+    n = min(max(1, ROWS * step // (sel_case.B * sel_case.G)), sel_case.S)
     case = Case(
         x.ranges.cpu(),
         sel_case.S_kv,
@@ -49,12 +51,12 @@ def test_own_case_triton_sel_parity(sel_case):
         sel_case.Dv,
         TORCH_DTYPES[sel_case.dtype],
         made=MADE.format(sel_case, DEVICE),
-        kept=KEPT.format(sel_case.S - 1, n),
+        kept=KEPT.format(sel_case.S - 1, n, step=step),
     )
     out = run_kernel(case, x.q, x.k, x.v, x.ranges)
-    compared = {"torch": torch, "out": out, "q": x.q, "ranges": x.ranges}
+    compared = {"torch": torch, "out": out, "q": x.q, "k": x.k, "v": x.v, "ranges": x.ranges}
     exec(case.kept, compared)
-    verdict = judge(case, compared["out"], compared["q"], x.k, x.v, compared["ranges"])
+    verdict = judge(case, *(compared[name] for name in ("out", "q", "k", "v", "ranges")))
     if out.isnan().any():
         fail(case, "NaN in the result, or an element that was never written")
     if not verdict.ok:

@@ -19,6 +19,7 @@ from nsa_sel.bench.saved.speedups import kernel_of, kernels_among
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
+from nsa_sel.bench.suite.random_cases import RANDOM
 from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.bench.threshold.rule import decide
 from nsa_sel.bench.threshold.write import sentence
@@ -158,7 +159,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for kernel, count in config.stash.get(INEXPRESSIBLE, Counter()).items():
         terminalreporter.write_line(f"{kernel.name}: {count} deselected, which {kernel.takes} cannot express")
     files = [str(path) for path in _resume(config).saved_files(config)]
-    if files and results[0]["gpu"] and not config.getoption("sel_family"):
+    whole = not config.getoption("sel_family") and config.getoption("sel_matrix") != RANDOM
+    if files and results[0]["gpu"] and whole:
         for kernel in kernels_among(result["method"] for result in results):
             terminalreporter.write_line(_proposal(files[-1], config.getoption("sel_matrix"), kernel))
     if not (session.save or session.autosave or session.json):

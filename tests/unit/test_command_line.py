@@ -13,7 +13,7 @@ import pytest
 import saved_runs
 
 from nsa_sel.bench import cli, command_line
-from nsa_sel.bench.checks import aot, auto, cards, instrument
+from nsa_sel.bench.checks import aot, auto, cards, instrument, planning
 from nsa_sel.bench.suite import cases
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_the_help_of_a_verb_says_each_default_and_examples_that_it_takes(verb, c
 
 
 @pytest.mark.parametrize(
-    "module", [aot, auto, cards, instrument], ids=lambda module: module.__name__.rpartition(".")[2]
+    "module", [aot, auto, cards, instrument, planning], ids=lambda module: module.__name__.rpartition(".")[2]
 )
 def test_the_help_of_a_check_says_each_default_and_an_example(module, capsys, monkeypatch):
     text = help_of(module.main, capsys, monkeypatch)

@@ -39,6 +39,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 RUN = {
     "nsa-sel": {},
     "nsa-sel compare": {},
+    "nsa-sel why --H 8 --D 128 --N 64 --L 1024 --spans 8 --gpu sm_89": {},
     "nsa-sel compare OLD NEW --markdown comment.md --json found.json --junit junit.xml": {"OLD": "0001", "NEW": "0002"},
     "pytest-benchmark compare": {},
     "pytest tests/parity": {"+": "-q -k every_number_of_spans"},
@@ -51,6 +52,7 @@ PARSED = {
     "nsa-sel completion": "needs shtab; tests/unit/test_command_line.py runs it",
     "nsa-sel decide": "minutes; tests/unit/test_decide.py has its course",
     "nsa-sel tune": "needs a GPU",
+    "nsa-sel why": "needs a GPU where none is named",
     "nsa-sel threshold": "test_threshold_apply_works_as_written runs it",
     "nsa-sel compare": "of runs, commits and folders that a reader has; `nsa-sel compare` itself is run",
     "nsa-sel report": "of a run that a reader has; tests/unit/test_report.py runs it",
@@ -300,6 +302,8 @@ def test_commands_that_cost_seconds_do_what_is_shown(command, clone):
     printed = run([RUN[command].get(word, word) for word in words] + shlex.split(RUN[command].get("+", "")), clone)
     if command == "nsa-sel compare":
         assert [line for line in shown(COMPARING, "nsa_sel: Linux") if line not in printed.splitlines()] == []
+    if command.startswith("nsa-sel why"):
+        assert shown(ROOT / "docs/kernel.md", "GPU ") == printed.splitlines()
     if command == "pytest-benchmark compare":
         lines = shown(README, "nsa_sel: Linux") + shown(COMPARING, "verdict: pass, nothing got slower\n\nLegend")
         assert [line for line in lines if line not in printed.splitlines()] == []

@@ -29,7 +29,7 @@ BENCH_ORDER = """
     session tune < compare < checks
     compare session tune precompile < continuous
     tune < precompile checks
-    tune threshold < decide < checks
+    tune threshold < decide < checks < why
     timer command_line < cli
     compare resume suite < plugin < run_tests
 """

@@ -190,7 +190,8 @@ def test_a_copy_without_tests_says_so(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verb", "options"), [("parity", {"--sel-kernel"}), ("bench", {"--sel-kernel", "--sel-matrix", "--sel-resume"})]
+    ("verb", "options"),
+    [("parity", {"--sel-kernel", "--sel-matrix"}), ("bench", {"--sel-kernel", "--sel-matrix", "--sel-resume"})],
 )
 def test_help_shows_the_options_of_the_suite_and_an_example(verb, options, capsys):
     with pytest.raises(SystemExit):

@@ -34,6 +34,7 @@ VERBS = {
         "for a new card: parity, tune, two perf runs, threshold and report; goes on if ended",
     ),
     "tune": ("tune.command:main", "which tiles, splits and warps are fastest here; writes the table that is used"),
+    "why": ("why.command:main", "which launch a call gets, and which rule decided it"),
     "threshold": ("threshold.command:main", "the length L from which Triton is safe to switch on here"),
     "completion": ("cli:completion", "prints what lets a shell complete these words and their options"),
 }

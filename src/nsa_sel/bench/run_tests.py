@@ -40,7 +40,7 @@ class Suite:
 PARITY = Suite(
     "parity",
     "parity",
-    ("suite.kernel_options",),
+    ("suite.fixtures", "suite.kernel_options"),
     "Is a kernel right here? Checks it against a float64 oracle; without a GPU in Triton's interpreter.",
     """
         nsa-sel parity

@@ -221,7 +221,8 @@ def _with_wait(call: Callable[[], Tensor], cycles: int) -> Callable[[], Tensor]:
 
 
 def _identity(case: Case, method: str) -> dict[str, Any]:
-    shape = {name: getattr(case, name) for name in ("family", "dtype", "layout", "H", "D", "Dv", "L", "N", "seed")}
+    names = "family", "dtype", "layout", "H", "D", "Dv", "L", "N", "S", "n_spans", "seed"
+    shape = {name: getattr(case, name) for name in names}
     machine = environment()
     card = {name: machine[name] for name in ("gpu", "gpu_id", "driver", "torch", "triton")}
     return {"case": case.id, "scope": scope_of(method), "method": method, **shape, **card}

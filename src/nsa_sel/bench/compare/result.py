@@ -190,6 +190,9 @@ class Comparison:
             lines += self._machine()
         if self.part:
             lines.append(f"a part: the new run has {self.part[0]} of the old run's {self.part[1]} cases")
+        if self.old.random != self.new.random:
+            drawn = (", ".join(f"{k} {v}" for k, v in run.random.items()) or "none" for run in (self.old, self.new))
+            lines.append(f"note: other random cases: {' -> '.join(drawn)}")
         kernels = self.old.kernels, self.new.kernels
         lines += [f"note: {name} is measured in the old run alone" for name in kernels[0] if name not in kernels[1]]
         lines += [

@@ -17,7 +17,7 @@ from ..compare.rule import compare, confirm, to_measure_again
 from ..compare.yardstick import Machine
 from ..saved import storage, write
 from ..saved.run import MARK, RunError, gpu_name, load, read_json
-from ..suite import cases, kernels
+from ..suite import cases, kernels, random_cases
 from ..tables import printable, replace_file
 from ..tune.log import Progress
 from . import saving, trees
@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give BASE [HEAD], or both --base-dir and --head-dir")
     if args.sel_takes and not args.sel_kernel:
         parser.error("--sel-takes: is said of a kernel; give --sel-kernel MODULE:FUNCTION")
+    try:
+        args.random = random_cases.asked_for(args.sel_matrix, args.sel_seed, args.sel_count)
+    except ValueError as error:
+        parser.error(str(error))
     if args.sel_cases and (args.sel_matrix or args.sel_family):
         parser.error("--sel-cases: stands in place of --sel-matrix and --sel-family; give one of them")
     if args.rounds < 1:
@@ -92,7 +96,7 @@ def _compared(args: argparse.Namespace, both: Trees) -> int:
     """Measure both trees, save their runs, and print the verdict; return the exit code."""
     base, head = both.base, both.head
     choice: dict[str, Any] = {"matrix": args.sel_matrix, "dtype": args.sel_dtype, "family": args.sel_family}
-    choice["texts"] = args.k
+    choice |= {"texts": args.k, **args.random}
     choice["file"] = args.sel_cases and str(args.sel_cases.absolute())  # the measuring processes run elsewhere
     if args.sel_kernel:
         choice["kernels"] = [args.sel_kernel, args.sel_takes]
@@ -170,7 +174,9 @@ def main_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("base", nargs="?", metavar="BASE", help="a commit: HEAD~1, a branch, a short hash")
     parser.add_argument("head", nargs="?", metavar="HEAD", help="a commit (default: the working tree as it is)")
-    parser.add_argument("--sel-matrix", choices=cases.MATRICES, help="cases to time (default: hot, smoke on a CPU)")
+    matrices = random_cases.MATRICES
+    parser.add_argument("--sel-matrix", choices=matrices, help="cases to time (default: hot, smoke on a CPU)")
+    random_cases.add_options(parser.add_argument)
     parser.add_argument("--sel-dtype", choices=cases.DTYPES, default="bf16", help="dtype of the cases")
     parser.add_argument(
         "--sel-family", metavar="NAMES", help="only these families, with commas (default: all but peers)"

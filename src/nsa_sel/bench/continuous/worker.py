@@ -20,7 +20,7 @@ import torch
 from ..methods.contender import NotTimed
 from ..saved.speedups import CORE_SUFFIX, SDPA_FORMS, TRITON, kernel_of
 from ..session import Session
-from ..suite import case_file, cases
+from ..suite import case_file, random_cases
 from ..suite.cases import Case
 from ..suite.kernels import UserKernel, parse
 from ..suite.saved_cases import definitions
@@ -31,16 +31,23 @@ YARDSTICK = SDPA_FORMS["core"]  # what no commit changes shows how far the machi
 
 
 def choose(
-    matrix: str | None, dtype: str, family: str | None, texts: Sequence[str], file: str | None = None
+    matrix: str | None,
+    dtype: str,
+    family: str | None,
+    texts: Sequence[str],
+    file: str | None = None,
+    seed: int | None = None,
+    count: int | None = None,
 ) -> list[Case]:
     """Return the cases of a matrix (None: hot on a GPU, else smoke) that have every one of the texts in their id.
 
-    file: a file of cases, in place of the matrix.
+    file: a file of cases, in place of the matrix. seed, count: of the matrix `random`.
 
     Raises: ValueError for an unknown name, a bad file, or if none is left.
     """
     if file is None:
-        chosen = cases.matrix(matrix or ("hot" if torch.cuda.is_available() else "smoke"), dtype, family)
+        name = matrix or ("hot" if torch.cuda.is_available() else "smoke")
+        chosen = random_cases.of_matrix(name, dtype, family, seed, count)
     else:
         chosen = case_file.read(file, dtype)
     chosen = [case for case in chosen if all(text in case.id for text in texts)]
@@ -132,7 +139,10 @@ def serve(name: str, choice: Mapping[str, Any]) -> None:
     except ValueError as error:
         say({**first, "error": str(error)})
         return
-    notes = {"case_file": Path(choice["file"]).name, "cases": definitions(chosen)} if choice["file"] else {}
+    notes: dict[str, Any] = {"case_file": Path(choice["file"]).name} if choice["file"] else {}
+    if "seed" in choice:
+        notes["random"] = {"seed": choice["seed"], "count": choice["count"]}
+    notes |= {"cases": definitions(chosen)} if notes else {}
     say({**first, "cases": list(asked.items()), "notes": notes})
     worker = Worker(kernels, chosen)
     for line in sys.stdin:

@@ -66,7 +66,7 @@ def prepare(state: CaseState, method: str, kernels: Mapping[str, UserKernel] | N
 
 def _triton(state: CaseState, core: bool) -> Prepared:
     x = packed_as_inputs(state) if core else state.inputs
-    from ...kernel import launch  # needs Triton
+    from ...kernel import choice, device, launch  # needs Triton
 
     if (reason := launch.unsupported_reason(x.q, x.k, x.v, x.ranges)) is not None:
         raise NotTimed(reason)
@@ -80,8 +80,11 @@ def _triton(state: CaseState, core: bool) -> Prepared:
         raise NotTimed(str(error)) from error
     if launch.launch_count() == before:
         raise WrongResult(f"{state.case.id}: the kernel did not run")
-    config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
-    return Prepared(call, functools.partial(as_rows, state.case), {"config": str(config)})
+    planned = device.call_of(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+    why = choice.explain(planned, device.gpu_of(x.q.device))
+    return Prepared(
+        call, functools.partial(as_rows, state.case), {"config": str(why.launch), "config_reason": str(why)}
+    )
 
 
 def _fused(x: Inputs) -> Callable[[], Tensor]:

@@ -31,6 +31,8 @@ def judge(saved: Saved, kernel: str = TRITON["op"]) -> tuple[str, Decision | Non
     """
     if not saved.run.on_gpu:
         return NO_GPU, None
+    if saved.run.random:
+        return "Random cases: no threshold follows from them.", None
     decided = decide([saved], kernel=kernel)
     return sentence(decided), decided
 

@@ -19,6 +19,8 @@ from ..saved.speedups import (
     kernel_of,
     kernels_among,
 )
+from ..suite.distributions import law_of
+from . import spread
 
 WORST_SHOWN = 10
 COLUMNS = (
@@ -65,7 +67,7 @@ def speedups(results: Sequence[Mapping[str, Any]]) -> list[Speedup]:
         if is_kernel(timed["method"]) and rival is not None:
             name = f"{rival['method']} ({rival['sdpa_backend']})"
             times = timed["device_us"], rival["device_us"]
-            about = timed["case"], timed["family"], timed["layout"], timed["scope"]
+            about = timed["case"], timed["family"], law_of(timed["layout"]), timed["scope"]
             found.append(Speedup(kernel_of(timed["method"]), *about, *times, name))
     return found
 
@@ -85,7 +87,7 @@ def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
     head = f"{'family':<9}{'layout':<8}{'cases':>6}{'op x':>8}{'core x':>8}{'GB/s':>8}{'of limit':>10}"
     said = "the kernel" if width else "triton"
     lines = [f"{named('')}{head}   geomeans; op x: fastest SDPA form / {said}, GB/s and limit: {said}"]
-    groups = dict.fromkeys((timed["family"], timed["layout"]) for timed in results)
+    groups = dict.fromkeys((timed["family"], law_of(timed["layout"])) for timed in results)
     for kernel, (family, layout) in product(kernels, groups):
         members = [timed for timed in grouped.values() if _is(timed, family, layout)]
         of_group = [s for s in compared if (s.kernel, s.family, s.layout) == (kernel, family, layout)]
@@ -103,6 +105,7 @@ def screen(results: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += ["", f"worst cases of {kernel}" if width else "worst cases"]
         for s in sorted((s for s in compared if s.kernel == kernel), key=lambda s: s.ratio)[:WORST_SHOWN]:
             lines.append(f"{s.ratio:5.2f}x {s.scope:<5}{s.case}: {s.kernel_us:.1f} µs, {s.sdpa} {s.sdpa_us:.1f} µs")
+    lines += spread.lines(results)
     first = results[0]
     lines += ["", f"{len(grouped)} cases, {len(results)} benchmarks on {first['gpu'] or 'the CPU, by the wall clock'}"]
     return lines
@@ -232,7 +235,7 @@ def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _is(timed: Mapping[str, Mapping[str, Any]], family: str, layout: str) -> bool:
     any_method = next(iter(timed.values()))
-    return (any_method["family"], any_method["layout"]) == (family, layout)
+    return (any_method["family"], law_of(any_method["layout"])) == (family, layout)
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

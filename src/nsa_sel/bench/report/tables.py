@@ -9,7 +9,10 @@ from typing import Any
 from ..saved.run import Saved, is_figure
 from ..saved.speedups import CORE_SUFFIX, TRITON, fastest_sdpa, geomean, kernels_among, scope
 from ..suite.cases import ELEMENT_BYTES, FAMILIES, RECORDED
+from ..suite.distributions import law_of
+from ..suite.random_cases import RANDOM
 from ..tables import as_csv, as_markdown, printable
+from . import spread
 from .screen import OTHER_WORK
 from .screen import peers as side_by_side
 
@@ -52,7 +55,7 @@ def table(saved: Saved) -> list[Row]:
         row: Row = {name: str(extra.get(name) or "") for name in ("family", "dtype", "layout")}
         row |= {
             name: _figure(extra.get(name))
-            for name in ("H", "D", "Dv", "L", "N", "bytes", "gbps", "pct_of_limit", "mae")
+            for name in ("H", "D", "Dv", "L", "N", "S", "n_spans", "bytes", "gbps", "pct_of_limit", "mae")
         }
         row |= {"case": key[0], "method": key[1], "scope": scope(key[1]), "device_us": timing.median_us}
         row |= {"ms": timing.median_us / 1e3, "ci_low_ms": low / 1e3, "ci_high_ms": high / 1e3}
@@ -74,11 +77,11 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
     lines[0] += ["op, device", "op, eager", "op, graph", "core, device", "% of limit (op)", "TFLOP/s (op)"]
     groups = [
         (family, layout)
-        for family in (*FAMILIES, RECORDED)
-        for layout in sorted({r["layout"] for r in rows if r["family"] == family})
+        for family in (*FAMILIES, RECORDED, RANDOM)
+        for layout in sorted({law_of(r["layout"]) for r in rows if r["family"] == family})
     ]
     for kernel, group in product(kernels(rows), groups):
-        of_both = [r for r in rows if (r["family"], r["layout"]) == group]
+        of_both = [r for r in rows if (r["family"], law_of(r["layout"])) == group]
         op, core = ([r for r in of_both if r["method"] == name] for name in (kernel, kernel + CORE_SUFFIX))
         if op or core or kernel == TRITON["op"]:
             speedups = [_spread(op, name) for name in SPEEDUPS]
@@ -131,11 +134,23 @@ def markdown_text(
         "## Summary",
         note,
         as_markdown(summary(rows)),
+        *_random(rows),
         *(["## Peers", PEERS_NOTE, as_markdown(beside), listed] if beside else []),
         "## All",
         as_markdown(full),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _random(rows: Sequence[Row]) -> list[str]:
+    """Return how each kernel's speed-up is spread over random cases, if the run has any."""
+    tables = {kernel: found for kernel in kernels(rows) if (found := spread.table(rows, kernel))}
+    blocks = [
+        text
+        for kernel, found in tables.items()
+        for text in (f"### {kernel}", as_markdown(found), "\n".join(f"- {line}" for line in spread.worst(rows, kernel)))
+    ]
+    return ["## Random cases", spread.NOTE, *blocks] if blocks else []
 
 
 def read_limit(machine: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -78,6 +78,7 @@ class Run:
     skipped: frozenset[Key] = frozenset()  # of these, what could not be measured there, for a saved reason
     case_file: str = ""  # the name of the file that the run's cases are from; "": they are of the matrix
     cases: Mapping[str, Any] = field(default_factory=dict)  # definitions, by id, of cases that no matrix may know
+    random: Mapping[str, Any] = field(default_factory=dict)  # seed and count, if they are those of the matrix `random`
     commit: str = ""
     dirty: bool = False  # measured with uncommitted changes
     floor_us: float | None = None  # device time of an empty kernel
@@ -214,6 +215,7 @@ def notes(data: Mapping[str, Any]) -> dict[str, Any]:
         "skipped": frozenset(not_timed(data)),
         "case_file": str(mark.get("case_file") or ""),
         "cases": mapping(mark.get("cases")),
+        "random": mapping(mark.get("random")),
         "commit": "" if identity in NO_COMMIT else identity,
         "dirty": bool(commit.get("dirty")),
     }

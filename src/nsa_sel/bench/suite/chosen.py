@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import case_file, cases
+from . import case_file, cases, random_cases
 from .cases import Case
 from .saved_cases import definitions
 
@@ -44,18 +44,20 @@ def asked_for(config: pytest.Config) -> list[Case]:
     """Return the cases that the options choose, before any hook changes them.
 
     Raises:
-        pytest.UsageError: an unknown family, a bad file of cases, or one beside options of the matrix.
+        pytest.UsageError: an unknown family, a bad file of cases, or options that do not go together.
     """
     if _ASKED_FOR not in config.stash:
         option = config.getoption
-        file, others = option("sel_cases"), [name for name in ("sel_matrix", "sel_family") if option(name)]
+        names = "sel_matrix", "sel_family", "sel_seed", "sel_count"
+        file, others = option("sel_cases"), [name for name in names if option(name) is not None]
         try:
             if file and others:
                 other = others[0].replace("_", "-")
                 raise ValueError(f"--sel-cases: stands in place of --{other}; give one of them")
             name = option("sel_matrix") or ("full" if torch.cuda.is_available() else "smoke")
-            dtype, family = option("sel_dtype"), option("sel_family")
-            config.stash[_ASKED_FOR] = case_file.read(file, dtype) if file else cases.matrix(name, dtype, family)
+            dtype, rest = option("sel_dtype"), (option("sel_family"), option("sel_seed"), option("sel_count"))
+            found = case_file.read(file, dtype) if file else random_cases.of_matrix(name, dtype, *rest)
+            config.stash[_ASKED_FOR] = found
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
     return config.stash[_ASKED_FOR]
@@ -65,11 +67,19 @@ def notes_of(config: pytest.Config) -> dict[str, Any]:
     """Return what a saved run says of its cases, so that it can be judged where no file and no hook is.
 
     `case_file`: the name of the file that they are from. `cases`: their definitions, of that file's all, else of those
-    that are in no matrix.
+    that are in no matrix. `random`: the seed and the count of the matrix of that name.
     """
     chosen = config.stash.get(_CASES, {})
     if file := config.getoption("sel_cases", None):
         return {"case_file": Path(file).name, "cases": definitions(chosen.values())}
     known = cases.by_id() if chosen else {}
     added = definitions(case for name, case in chosen.items() if name not in known)
-    return {"cases": added} if added else {}
+    random = random_of(config)
+    return {**({"random": random} if random else {}), **({"cases": added} if added else {})}
+
+
+def random_of(config: pytest.Config) -> dict[str, int]:
+    """Return the seed and the count of a run of the matrix `random`, nothing of any other."""
+    option = config.getoption
+    matrix = option("sel_matrix", None)
+    return random_cases.asked_for(matrix, option("sel_seed", None), option("sel_count", None)) if matrix else {}

@@ -7,6 +7,7 @@ for one query token; PREFILL, causal blocks, for every token of a sequence. A na
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,10 @@ from .recorded import Recorded, inside
 
 SPANS, DECODE, PREFILL = "spans", "decode", "prefill"
 RAGGED_RATIO = 16  # longest / shortest row of `ragged`
+LONGEST_OVER_MEAN = RAGGED_RATIO * math.log(RAGGED_RATIO) / (RAGGED_RATIO - 1)  # of `ragged` rows
 KEPT = 24  # tokens for which a slot of `local` keeps its block
+LAWS = ("equal", "mixed", "ragged")  # of spans of any number, which stands behind the name: equal12
+_COUNTED = re.compile(rf"({'|'.join(LAWS)})([1-9][0-9]*)")
 
 
 class Shape(Protocol):
@@ -86,11 +90,41 @@ def find(name: str, kind: str) -> Distribution:
     Raises:
         ValueError: the name is unknown, or unknown to this kind of rows; the message lists the known.
     """
+    if kind == SPANS and (counted := _COUNTED.fullmatch(name)):
+        return spread(counted[1], int(counted[2]))
     known = [each for each, found in DISTRIBUTIONS.items() if kind in found.kinds]
     if name not in known:
         of = f" of {kind}" if name in DISTRIBUTIONS else ""
         raise ValueError(f"layout: value is {name!r}, expected a distribution{of}: {', '.join(known)}")
     return DISTRIBUTIONS[name]
+
+
+def law_of(layout: str) -> str:
+    """Return a distribution's name without the number of spans that LAWS have behind it."""
+    counted = _COUNTED.fullmatch(layout)
+    return counted[1] if counted else layout
+
+
+def spread(law: str, n_spans: int) -> Distribution:
+    """Return the distribution of n_spans spans in order, without overlap, and anywhere in the context.
+
+    law: "equal" cuts a row into spans of one length, or nearly; "mixed" anywhere, so that a span may be empty; "ragged"
+    is "equal" in rows of the lengths of `ragged`.
+    """
+
+    def draw(shape: Shape, generator: Generator) -> Tensor:
+        L = torch.full((shape.N, 1), shape.L)
+        if law == "ragged":
+            L = torch.tensor(ragged_lengths(shape))[torch.randperm(shape.N, generator=generator), None]
+        edges = L * torch.arange(n_spans + 1) // n_spans
+        if law == "mixed":
+            cuts = torch.randint(shape.L + 1, (shape.N, n_spans - 1), generator=generator)
+            edges = torch.cat((L * 0, cuts.sort(-1).values, L), -1)
+        unselected = torch.rand(shape.N, n_spans, generator=generator, dtype=torch.float64) * (shape.S_kv - L + 1)
+        before = unselected.long().sort(-1).values
+        return torch.stack((edges[:, :-1] + before, edges[:, 1:] + before), -1)
+
+    return Distribution(draw, (SPANS,), n_spans, _longest_of_ragged if law == "ragged" else None)
 
 
 def of_recorded(recorded: Recorded) -> Distribution:
@@ -100,8 +134,12 @@ def of_recorded(recorded: Recorded) -> Distribution:
 
 def ragged_lengths(shape: Shape) -> list[int]:
     """Return the row lengths of `ragged` in rising order: the N mid-quantiles of a log-uniform law with mean L."""
-    shortest = shape.L * math.log(RAGGED_RATIO) / (RAGGED_RATIO - 1)
+    shortest = shape.L * LONGEST_OVER_MEAN / RAGGED_RATIO
     return [round(shortest * RAGGED_RATIO ** ((i + 0.5) / shape.N)) for i in range(shape.N)]
+
+
+def _longest_of_ragged(shape: Shape) -> int:
+    return ragged_lengths(shape)[-1]
 
 
 @distribution(SPANS, DECODE)
@@ -141,7 +179,7 @@ def mixed(shape: Shape, generator: Generator) -> Tensor:
     return torch.stack((begins + gaps, stops + gaps), -1)
 
 
-@distribution(SPANS, longest=lambda shape: ragged_lengths(shape)[-1])
+@distribution(SPANS, longest=_longest_of_ragged)
 def ragged(shape: Shape, generator: Generator) -> Tensor:
     """Select one span from the first token on: 16 times as many in the longest row as in the shortest, mean L."""
     L = torch.tensor(ragged_lengths(shape))[torch.randperm(shape.N, generator=generator)]

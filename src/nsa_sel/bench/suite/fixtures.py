@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from . import cases as matrix
+from . import random_cases
 from .cases import Case
-from .chosen import asked_for, cases_of
+from .chosen import asked_for, cases_of, random_of
 from .kernels import kernels_of, methods
 
 pytest_plugins = [f"{__package__}.kernel_options"]  # whose kernels are methods too
@@ -59,7 +60,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsa_sel")
-    group.addoption("--sel-matrix", choices=matrix.MATRICES, help="cases to time (default: full on a GPU, else smoke)")
+    cases_help = "cases to time (default: full on a GPU, else smoke); random: drawn over the whole supported range"
+    group.addoption("--sel-matrix", choices=random_cases.MATRICES, help=cases_help)
+    random_cases.add_options(group.addoption)
     group.addoption("--sel-dtype", choices=matrix.DTYPES, default="bf16", help="dtype of the cases (default: bf16)")
     group.addoption("--sel-family", metavar="NAMES", help=FAMILY_HELP)
     group.addoption("--sel-cases", metavar="FILE", help="a YAML file of cases, in place of the matrix (docs/cases.md)")
@@ -67,8 +70,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a bad choice of cases before anything is collected, in one line."""
-    if config.getoption("sel_cases") or config.getoption("sel_family"):
+    if any(config.getoption(name) is not None for name in ("sel_cases", "sel_family", "sel_seed", "sel_count")):
         asked_for(config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which random cases the run was of, so that it can be repeated."""
+    if random := random_of(config):
+        terminalreporter.write_line(
+            f"random cases: --sel-matrix random --sel-seed {random['seed']} --sel-count {random['count']}"
+            f" (rows to {random_cases.here().rows}, tokens to {random_cases.here().tokens})"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -24,7 +24,14 @@ class Own:
 
 
 def of_runs(saved: Sequence[Saved]) -> Own | None:
-    """Return the cases of the file that the runs are of, or None if they are of the matrix."""
+    """Return the cases of the file that the runs are of, or None if they are of the matrix.
+
+    Raises: ThresholdError if they are of different files, or of random cases.
+    """
+    if random := [one.run.name for one in saved if one.run.random]:
+        raise ThresholdError(
+            f"{random[0]}: is of random cases, from which no threshold follows; give runs of the matrix"
+        )
     files = {one.run.case_file: one for one in saved}
     if set(files) == {""}:
         return None

@@ -2,7 +2,8 @@
 
 Every launch that can run is compiled on all cores, checked against the oracle and timed for a few rounds; the best are
 timed again with variations around them, and the finalists once more, in turns. After an interruption the same command
-goes on where it stopped.
+goes on where it stopped. With --regret no table is written: it says how far the launches that the rules choose are from
+the best of a fixed grid.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +21,11 @@ from ...kernel import tuned_table
 from ...kernel.call import Gpu
 from ..command_line import Parser
 from ..saved.storage import slug
-from ..suite import case_file, cases
+from ..suite import case_file, cases, random_cases
 from ..suite.cases import Case
 from ..tables import replace_file
 from ..timer.machine import environment
-from . import workers
+from . import regret, workers
 from .log import Log, Progress
 from .results import Result, as_csv, as_markdown, merged, rows
 from .sweep import Compile, DeviceLost, Sweep, SweepDevice, SweepError
@@ -76,17 +78,25 @@ def default_folder(gpu: str) -> Path:
 def select(args: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments name, but for ragged ones: their rows of one span take no entry of a table.
 
+    With --regret all of them count, and random ones are what it is taken over where none are named.
+
     Raises: ValueError for an unknown family, a bad file of cases, or if none is left.
     """
     if args.sel_cases and (args.matrix or args.family):
         raise ValueError("--sel-cases: stands in place of --matrix and --family; give one of them")
+    if args.json and not args.regret:
+        raise ValueError("--json: is said of --regret")
+    if args.regret and not (args.matrix or args.family or args.sel_cases):
+        args.matrix, args.sel_count = random_cases.RANDOM, args.sel_count or regret.CASES
     given = bool(args.matrix or args.family or args.k or args.sel_cases)
     if args.sel_cases:
         chosen = case_file.read(args.sel_cases, args.dtype)
     else:
-        chosen = cases.matrix(args.matrix or "hot", args.dtype, args.family if given else "rows")
+        random = args.sel_seed, args.sel_count
+        chosen = random_cases.of_matrix(args.matrix or "hot", args.dtype, args.family if given else "rows", *random)
     chosen = [case for case in chosen if all(text in case.id for text in args.k) and (given or case.N == HOT_ROWS)]
-    chosen = [case for case in chosen if not (case.ragged and case.n_spans == 1)]
+    if not args.regret:
+        chosen = [case for case in chosen if not (case.ragged and case.n_spans == 1)]
     if not chosen:
         raise ValueError(f"no case but ragged ones has all of these in its id: {', '.join(args.k)}")
     return chosen
@@ -100,10 +110,16 @@ def main_parser() -> argparse.ArgumentParser:
         examples="""
             nsa-sel tune                                     the hot shape, some minutes
             nsa-sel tune --matrix full --family decode     other cases, by their ids
-            nsa-sel tune --sel-cases mine.yaml               shapes of your own""",
+            nsa-sel tune --sel-cases mine.yaml               shapes of your own
+            nsa-sel tune --regret --json regret.json         40 random shapes; no table""",
         epilog="exit code: 0 a table was written; 1 nothing can be tuned here; 2 bad arguments; 130 interrupted",
     )
-    parser.add_argument("--matrix", choices=cases.MATRICES, help="cases to tune (default: the hot shape, N=1024 rows)")
+    parser.add_argument(
+        *("--matrix", "--sel-matrix"),
+        choices=random_cases.MATRICES,
+        help="cases to tune (default: the hot shape, N=1024 rows)",
+    )
+    random_cases.add_options(parser.add_argument)
     parser.add_argument("--family", metavar="NAMES", help=f"with commas, of {', '.join(cases.FAMILIES)} (default: all)")
     parser.add_argument("--sel-cases", type=Path, metavar="FILE", help="a YAML file of cases, in place of the matrix")
     parser.add_argument(
@@ -111,6 +127,13 @@ def main_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bf16", help="of the cases; the table serves both")
     parser.add_argument("--exhaustive", action="store_true", help="every chunk of D and Dv in the first round too")
+    parser.add_argument(
+        "--regret",
+        action="store_true",
+        help="write no table: time the launch that the rules choose beside the best of a fixed grid"
+        f" (default: off; its cases: {regret.CASES} random ones)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the figures of --regret, with the grid")
     parser.add_argument("--top", type=int, default=4, metavar="K", help="finalists of each class")
     parser.add_argument(
         "--out",
@@ -147,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(gpu, str):
         return _refuse(gpu)
     try:
-        return tune(args, chosen, gpu, GpuSweepDevice())
+        return (tell_regret if args.regret else tune)(args, chosen, gpu, GpuSweepDevice())
     except DeviceLost as error:
         print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
         print("A new process goes on without it.", file=sys.stderr, flush=True)
@@ -204,6 +227,34 @@ def tune(
     if table.parent.resolve() not in (tuned_table.LOCAL.resolve(), tuned_table.PACKAGED.resolve()):
         print(f"The run time reads it once it lies in {tuned_table.LOCAL}/ of the working directory.")
     return 0
+
+
+def tell_regret(
+    args: argparse.Namespace,
+    chosen: Sequence[Case],
+    gpu: Gpu,
+    device: SweepDevice,
+    compile_all: Compile = workers.compile_all,
+    progress: Progress | None = None,
+) -> int:
+    """Measure the regret of every case, print and write it, and return 0, or 1 if none could be measured."""
+    machine = {name: value for name, value in environment().items() if name != "calibration"}
+    folder = args.results or Path("bench/results") / slug(gpu.name)
+    with contextlib.closing(Log(folder / "regret.jsonl", {**machine, "gpu": gpu.name})) as log:
+        sweep = regret.RegretSweep(chosen, gpu, device, log, progress or Progress(), compile_all)
+        for line in sweep.plan():
+            print(line, flush=True)
+        found, missing = sweep.regrets(), sweep.missing()
+        log.finish()
+    for line in regret.lines(found, missing):
+        print(line)
+    if args.json:
+        random = random_cases.asked_for(args.matrix, args.sel_seed, args.sel_count)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**regret.document(found, missing, sweep), "random": random, "machine": machine}, indent=1)
+        replace_file(args.json, text + "\n")
+        print(args.json)
+    return 0 if found else 1
 
 
 def summary(results: Sequence[Result], sweep: Sweep) -> Iterator[str]:

@@ -48,7 +48,7 @@ class GpuSweepDevice:
         dtype = TORCH_DTYPES[case.dtype]
         tensors = _empty(case.B, case.S, case.G, case.H, case.D, case.Dv, case.n_spans, case.S_kv, dtype)
         with tuned_table.ignored():
-            return launch_for(*tensors, min_len=case.L, max_len=case.L)
+            return launch_for(*tensors, min_len=case.L if case.one_length else 0, max_len=case.longest)
 
     def open(self, case: Case) -> None:
         """Make the case's tensors, the oracle's rows and packed SDPA's; free those of the case before.

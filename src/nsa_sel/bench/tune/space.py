@@ -6,7 +6,7 @@ Source: docs/kernel.md, "Where the launch comes from".
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 from ...kernel.call import Call, Gpu
@@ -22,6 +22,7 @@ from ...kernel.launch_config import (
 )
 from ...kernel.tuned_table import Key
 from ..suite.cases import ELEMENT_BYTES, Case
+from ..suite.distributions import law_of
 
 WHOLE_LOADS = ("whole", "tma")  # these take whole tiles of a span
 BLOCK_L = (16, 32, 64, 128, 256)
@@ -32,6 +33,10 @@ STAGES = (1, 2, 3)
 SPLITS = tuple((n, c) for n in (1, 2, 4, 8, 16, 32, 64) for c in dict.fromkeys((1, 2, min(n, 8))) if c <= n)
 MORE_STAGES = 4  # tried around the best
 MAX_REGISTERS = (96, 144, 168, 216)  # likewise
+# Reasons that estimate; beside the others these leave hardly a launch for wide rows, many heads or short rows.
+SPILLS = "more registers than a thread has"
+LONG_TILES = "tiles more than twice as long as a row"
+IDLE = "too few splits to fill a sixteenth of the GPU"
 REGISTERS = 280  # a thread has 255, but the estimate is too high by that much
 
 
@@ -59,8 +64,8 @@ def variant(case: Case, launch: LaunchConfig) -> Variant:
 
 def call_of(case: Case) -> Call:
     """Return the case's call as launches are chosen by it, with the hints that the suite gives."""
-    size = ELEMENT_BYTES[case.dtype]
-    return Call(case.N, case.H, case.D, case.Dv, case.n_spans, case.L, case.S > 1, size, one_length=True)
+    size, longest = ELEMENT_BYTES[case.dtype], case.longest
+    return Call(case.N, case.H, case.D, case.Dv, case.n_spans, longest, case.S > 1, size, one_length=case.one_length)
 
 
 def key(case: Case, gpu: Gpu) -> Key:
@@ -72,7 +77,7 @@ def longest_span(case: Case) -> int:
     """Return the most tokens that a span of the case may have."""
     if case.block:
         return case.block
-    return case.L // case.n_spans if case.layout == "many" else case.L
+    return -(-case.longest // case.n_spans) if law_of(case.layout) in ("many", "equal", "ragged") else case.L
 
 
 def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
@@ -96,9 +101,12 @@ def around(launch: LaunchConfig) -> Iterator[LaunchConfig]:
             yield replace(launch, max_registers=registers)
 
 
-def unfit(launch: LaunchConfig, case: Case, gpu: Gpu) -> str | None:
-    """Say why a launch cannot run a case on a GPU, or is sure to be slower than another; None if it is worth timing."""
-    return next((reason for reason, applies in RULES.items() if applies(launch, case, gpu)), None)
+def unfit(launch: LaunchConfig, case: Case, gpu: Gpu, but: Container[str] = ()) -> str | None:
+    """Say why a launch cannot run a case on a GPU, or is sure to be slower than another; None if it is worth timing.
+
+    but: reasons that do not count.
+    """
+    return next((reason for reason, applies in RULES.items() if reason not in but and applies(launch, case, gpu)), None)
 
 
 def registers(launch: LaunchConfig, case: Case) -> int:
@@ -139,14 +147,14 @@ RULES: dict[str, Rule] = {
         c.cluster > 2 and 2 * case.N * c.splits > gpu.sm_count and _too_much_shared(c, case, gpu, programs=2)
     ),
     "more shared memory than a program may use": _too_much_shared,
-    "more registers than a thread has": lambda c, case, gpu: registers(c, case) > REGISTERS,
+    SPILLS: lambda c, case, gpu: registers(c, case) > REGISTERS,
     "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
         c.load in WHOLE_LOADS and c.block_l > longest_span(case)
     ),
-    "tiles more than twice as long as a row": lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
+    LONG_TILES: lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
     "more splits than tiles": lambda c, case, gpu: c.splits > 1 and c.splits * c.block_l > case.L,
     "splits beyond four programs a multiprocessor": lambda c, case, gpu: (
         c.splits > 1 and case.N * c.splits > 4 * gpu.sm_count
     ),
-    "too few splits to fill a sixteenth of the GPU": _idle,
+    IDLE: _idle,
 }

@@ -6,13 +6,12 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...kernel.call import Gpu
 from ...kernel.launch_config import LaunchConfig
-from ...kernel.tuned_table import Key
 from ..methods.contender import NotTimed
 from ..suite.cases import Case
 from . import space, workers
@@ -48,6 +47,7 @@ class SweepDevice(Protocol):
     def alive(self) -> bool: ...
 
 
+Class = Hashable  # of cases for which one launch is sought: a key of the tuned table, or a case
 Compile = Callable[[Sequence[Variant], Callable[[], Any]], Mapping[Variant, str]]
 
 
@@ -76,21 +76,34 @@ class Sweep:
     ) -> None:
         self.gpu, self.device, self.log, self.progress, self.compile_all = gpu, device, log, progress, compile_all
         self.top = top
-        self.classes: dict[Key, list[Case]] = {}
+        self.classes: dict[Class, list[Case]] = {}
         for case in chosen:
-            self.classes.setdefault(space.key(case, gpu), []).append(case)
+            self.classes.setdefault(self.class_of(case), []).append(case)
         self.untuned = {case: device.untuned(case) for case in chosen}
         self.removed: Counter[str] = Counter()
-        self.launches = {key: self._worth_timing(of_class, every_chunk) for key, of_class in self.classes.items()}
+        self.every_chunk = every_chunk
+        self.launches = {key: self._worth_timing(of_class) for key, of_class in self.classes.items()}
         self.skipped: dict[Case, str] = {}
         self.late = 0  # kernels that the workers had not left in the cache
         self._compiled: set[Variant] = set()
 
-    def _worth_timing(self, of_class: Sequence[Case], every_chunk: bool) -> list[LaunchConfig]:
+    def class_of(self, case: Case) -> Class:
+        """Return what one launch is sought for: all cases of a key of the tuned table."""
+        return space.key(case, self.gpu)
+
+    def grid(self, D: int, Dv: int) -> Iterable[LaunchConfig]:
+        """Return the launches of the first round, those that are not worth timing included."""
+        return space.grid(D, Dv, self.every_chunk)
+
+    def unfit(self, launch: LaunchConfig, case: Case) -> str | None:
+        """Say why a launch is not worth timing for a case; None if it is."""
+        return space.unfit(launch, case, self.gpu)
+
+    def _worth_timing(self, of_class: Sequence[Case]) -> list[LaunchConfig]:
         """Return the launches of the first round; what fits no case of the class is counted by its reason."""
         found = [self.untuned[case] for case in of_class]
-        for launch in space.grid(of_class[0].D, of_class[0].Dv, every_chunk):
-            reasons = [space.unfit(launch, case, self.gpu) for case in of_class]
+        for launch in self.grid(of_class[0].D, of_class[0].Dv):
+            reasons = [self.unfit(launch, case) for case in of_class]
             if None in reasons:
                 found.append(launch)
             else:
@@ -135,7 +148,7 @@ class Sweep:
                 launch
                 for launch in dict.fromkeys(other for each in best for other in space.around(each))
                 if launch not in self.launches[key]
-                and any(space.unfit(launch, case, self.gpu) is None for case in self.classes[key])
+                and any(self.unfit(launch, case) is None for case in self.classes[key])
             ]
         self._time(FIRST, near)
         tried = {key: [*self.launches[key], *near[key]] for key in self.classes}
@@ -145,7 +158,7 @@ class Sweep:
         self._finals(finalists)
         return [
             Result(
-                key,
+                space.key(of_class[0], self.gpu),
                 tuple(of_class),
                 tuple(self._ranked(FINAL, key, finalists[key])),
                 {case.id: self.untuned[case] for case in of_class},
@@ -154,19 +167,19 @@ class Sweep:
             if of_class
         ]
 
-    def _ranked(self, stage: Stage, key: Key, launches: Sequence[LaunchConfig]) -> list[Ranked]:
+    def _ranked(self, stage: Stage, key: Class, launches: Sequence[LaunchConfig]) -> list[Ranked]:
         times = {}
         for launch in launches:
             found = {case.id: self.log.time_us(stage.name, case, launch) for case in self.classes[key]}
             times[launch] = {case: us for case, us in found.items() if us is not None}
         return rank(times, self.classes[key]) if self.classes[key] else []
 
-    def _best(self, stage: Stage, key: Key, launches: Sequence[LaunchConfig], n: int) -> list[LaunchConfig]:
+    def _best(self, stage: Stage, key: Class, launches: Sequence[LaunchConfig], n: int) -> list[LaunchConfig]:
         """Return the n best launches of a class, and what its cases run untuned."""
         best = [each.launch for each in self._ranked(stage, key, launches)[:n]]
         return list(dict.fromkeys([*best, *(self.untuned[case] for case in self.classes[key])]))
 
-    def _time(self, stage: Stage, wanted: Mapping[Key, Sequence[LaunchConfig]]) -> None:
+    def _time(self, stage: Stage, wanted: Mapping[Class, Sequence[LaunchConfig]]) -> None:
         """Time every wanted launch for every case of its class; a launch is checked before it is timed at all."""
         pending = [
             (case, [launch for launch in wanted[key] if self._is_open(stage, case, launch)])
@@ -189,7 +202,7 @@ class Sweep:
                         self.log.add(stage.name, case, launch, us)
                 self.progress.step()
 
-    def _finals(self, finalists: Mapping[Key, Sequence[LaunchConfig]]) -> None:
+    def _finals(self, finalists: Mapping[Class, Sequence[LaunchConfig]]) -> None:
         """Time the finalists of every case in turns, so that a drift of the card affects all of them alike."""
         pending = [
             (case, [launch for launch in finalists[key] if self.log.error(case, launch) is None])
