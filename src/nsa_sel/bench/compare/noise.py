@@ -24,10 +24,10 @@ from .yardstick import FLOOR_US, explain
 
 TABLE = Path(__file__).with_name("noise.json")
 KINDS = ("device", "call", "graph")
-EDGES_US = (5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 40.0, 80.0, 200.0)
+EDGES_US = (5.0, 6.0, 8.0, 10.0, 15.0, 40.0, 80.0, 200.0)
 FEWEST = 200  # differences in a bin, each pair of runs in both directions; fewer join the next bin
 # How often one comparison of two runs of one commit may name any of its timings, were the tail exponential.
-CONFIRMED_WRONG, SUSPECT_WRONG = 0.01, 0.3
+CONFIRMED_WRONG, SUSPECT_WRONG = 0.01, 0.6
 # Some timings have two levels, from process to process, that lie further apart than any tail through the percentiles
 # says. The worst that was seen is an example, not a limit: this much more counts as possible.
 WORST_MARGIN = 1.25
