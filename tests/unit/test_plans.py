@@ -137,6 +137,16 @@ def test_what_lies_so_that_another_kernel_is_due_has_its_own_plan(kernel, other)
     assert len(plans()) == 2 and len(kernel.compiled) == 2 and len(kernel.started) == 4
 
 
+def test_calls_in_turn_that_two_plans_serve_are_looked_at_once(kernel, monkeypatch):
+    """Of the first plan, too, each call knows that it does not serve the other's K and V."""
+    for case in ("known", "again"):
+        at(500, max_len=80)
+        at(500, *NO_WHOLE_ROWS, max_len=80)
+        if case == "known":
+            monkeypatch.setattr(kv, "as_matrices", None)  # not looked at again
+    assert len(plans()) == 2 and len(kernel.started) == 2
+
+
 def test_without_max_len_the_launch_follows_the_context_from_power_to_power_of_two(kernel):
     for t in range(600, 2600, 10):
         at(t)

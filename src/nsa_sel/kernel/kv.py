@@ -80,7 +80,7 @@ class Places:
         self.arguments = [values.get(name) for name in names]
         self.at = [names.index(name) for name in ("S_kv", *OUTER_STRIDES)]
         self.last = self._placed(lie)  # that was asked for
-        self.kept = {lie[2:]: self.last}  # by strides; S_kv is put in
+        self.kept: dict[tuple, Placed | None] = {lie[2:]: self.last}  # by strides; S_kv is put in. None: another kernel
 
     def find(self, lie: Lie) -> Placed | None:
         """Return what to pass for K and V that lie so.
@@ -93,7 +93,7 @@ class Places:
             return None
         placed: Placed | None = self.last
         if strides != self.last.lie[2:]:
-            placed = self.kept.get(strides) or self._elsewhere(lie)
+            placed = self.kept[strides] if strides in self.kept else self._elsewhere(lie)
             if placed is None:
                 return None
         seen, arguments, rows, columns, kind = placed  # type: ignore[misc]
@@ -108,11 +108,11 @@ class Places:
 
     def _elsewhere(self, lie: Lie) -> Placed | None:
         """Place K and V of other strides than before, and keep that; None where `find` returns it."""
-        if (lie[2][2:], lie[3][2:]) != self.inner_strides or any(n % self.unit for n in outer_strides(lie)):
-            return None
-        placed = self._placed(lie)
-        if placed.kind != self.last.kind:
-            return None
+        placed = None
+        if (lie[2][2:], lie[3][2:]) == self.inner_strides and not any(n % self.unit for n in outer_strides(lie)):
+            placed = self._placed(lie)
+            if placed.kind != self.last.kind:
+                placed = None
         return remember(self.kept, lie[2:], placed, MAX_PLACES)
 
     def _placed(self, lie: Lie) -> Placed:
