@@ -57,12 +57,8 @@ def run(
                     scale, backend, min_len, max_len, validate,
                 )  # fmt: skip
                 known = _plans.get(key)
-        except (
-            AttributeError,
-            IndexError,
-            TypeError,
-            RuntimeError,
-        ):  # no tensor, no number: `check` and `numbers` say which
+        # No tensor, no number: `check` and `numbers` say which.
+        except (AttributeError, IndexError, TypeError, RuntimeError):
             key = None
     if known is not None and known[0] is get_config() and modes.none_on():
         plan = known[1][0]
@@ -215,17 +211,18 @@ def route(
 ) -> Route:
     """Say which backend runs a checked call, and why."""
     on_gpu = q.device.type == "cuda"
+    needs_grad = modes.needs_derivative(q, k, v)
     unsupported = None
     if backend == "triton" or (backend == "auto" and on_gpu):
         unsupported = _unsupported(q, k, v, ranges)
-    if backend == "auto" and on_gpu:
+    if backend == "auto" and on_gpu and not needs_grad:  # sizes that a tracer gives have no hash
         unsupported = unsupported or _failures.get(_kind(q, v))
     return routing.decide(
         backend,
         config=config,
         gpu_name=torch.cuda.get_device_name(q.device) if on_gpu else None,
         max_len=(lambda: reference.length_bounds(ranges, k.shape[2])[1]) if max_len is None else max_len,
-        needs_grad=modes.needs_derivative(q, k, v),
+        needs_grad=needs_grad,
         unsupported=unsupported,
     )
 
