@@ -74,6 +74,7 @@ class Run:
     datetime: str = ""
     regressions: tuple[str, ...] = ()  # found when it was measured; such a run is no baseline unless named
     interrupted: bool = False  # it lacks cases; no baseline unless named either
+    shared_cards: bool = False  # ranks of a job timed on one card at once: no figures, and no baseline either
     asked: frozenset[Key] | None = None  # what it was to measure; None: it was saved before runs said so
     skipped: frozenset[Key] = frozenset()  # of these, what could not be measured there, for a saved reason
     case_file: str = ""  # the name of the file that the run's cases are from; "": they are of the matrix
@@ -167,7 +168,8 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
     gpus = sorted({identity["gpu"] for identity in identities})
     if len(gpus) > 1:
         raise RunError(f"{name}: mixes the GPUs {', '.join(map(short, gpus))}; measure each in its own run")
-    environment = identities[0] | {"gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
+    cards = "+".join(sorted({identity["gpu_id"] for identity in identities}))  # of a run by many ranks several
+    environment = identities[0] | {"gpu_id": cards, "gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
     return Run(name, timings, environment, **calibration(name, machine_info), kernels=kernels, **more)
 
 
@@ -211,6 +213,7 @@ def notes(data: Mapping[str, Any]) -> dict[str, Any]:
         "datetime": str(data.get("datetime", "")),
         "regressions": tuple(str(item) for item in slow) if isinstance(slow, list) else (),
         "interrupted": bool(mark.get("interrupted")),
+        "shared_cards": bool(mark.get("shared_cards")),
         "asked": _pairs(asked) if isinstance(asked, list) else None,
         "skipped": frozenset(not_timed(data)),
         "case_file": str(mark.get("case_file") or ""),
