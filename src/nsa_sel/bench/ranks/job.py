@@ -62,6 +62,11 @@ class Job:
         return self.cards[0]["job"]
 
     @property
+    def can_restart(self) -> bool:
+        """Tell whether a new process can take this one's place: not if the store that all use is in this one."""
+        return not self.leads or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    @property
     def others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
@@ -149,7 +154,7 @@ class Job:
         left, lost = set(ranks), []
         while left:
             for rank in sorted(left):
-                if any([hear(rank, message) for message in self.messages(rank, box)]):
+                if any(hear(rank, message) for message in self.messages(rank, box)):
                     left.discard(rank)
                 elif self.silent(rank):
                     lost.append(rank)

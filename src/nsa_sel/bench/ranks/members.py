@@ -181,10 +181,10 @@ class Leader(_Member):
             self.keeper.add(test, benchmarks)
         elif benchmarks:
             self.config._benchmarksession.benchmarks += benchmarks  # type: ignore[attr-defined]
-        for key in message["again"]:
-            hooks.register_remeasure(*key, functools.partial(self._ask, rank, key))
-        for key, why in message["skipped"]:
-            hooks.register_skipped(*key, why)
+        for case, method in message["again"]:
+            hooks.register_remeasure(case, method, functools.partial(self._ask, rank, (case, method)))
+        for (case, method), why in message["skipped"]:
+            hooks.register_skipped(case, method, why)
 
     def _ask(self, rank: int, key: Key) -> dict[str, Any]:
         """Let the rank that measured a benchmark measure it again."""
@@ -218,10 +218,12 @@ class Leader(_Member):
     def _gather(self) -> None:
         """Hear all ranks to their end, or until they fall silent."""
         lost = self.job.listen([rank for rank in self.job.others if rank not in self._why], self._hear)
-        self._why |= {rank: f"silent for {self.job.limit_s:.0f} s" for rank in lost}
+        self._why |= dict.fromkeys(lost, f"silent for {self.job.limit_s:g} s")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say which ranks did not do their share, and name what therefore has no result."""
+        if any(self._waited_for):
+            terminalreporter.section("ranks", sep="-")
         line = functools.partial(terminalreporter.write_line, red=True)
         for rank, tests in enumerate(self._waited_for):
             if tests:
@@ -229,7 +231,7 @@ class Leader(_Member):
                 line(f"nsa_sel: {self.job.described(rank)}: {why}; {len(tests)} of its tests have no result")
                 if rank and (doing := self.job.doing(rank)):
                     line(f"  its last sign: {doing}")
-        tests = set().union(*self._waited_for)
+        tests = set[str]().union(*self._waited_for)
         of_cases = {case_of(item) for item in self.every_item if item.nodeid in tests}
         if tests:
             names = sorted(tests if None in of_cases else filter(None, of_cases))

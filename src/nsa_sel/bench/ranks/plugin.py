@@ -25,7 +25,7 @@ from .members import Follower, Leader, case_of
 from .shares import benchmark_s, dealt
 
 JOB = pytest.StashKey[Job]()
-MEMBER = pytest.StashKey["Leader | Follower"]()
+MEMBER = pytest.StashKey[Leader | Follower]()
 OPTIONS = ("sel_kernel", "sel_cases", "sel_matrix", "sel_family", "sel_dtype")  # that a single test depends on
 
 
@@ -70,8 +70,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         [item for item in session.items if owner[groups[item]] == rank or _explores(item)] for rank in range(job.size)
     ]
     config.stash[resume.KIND] = functools.partial(RankKeeper, job, owner)
-    member = config.stash[MEMBER] = (Leader if job.leads else Follower)(job, session, shares)
-    config.pluginmanager.register(member)
+    kind: type[Leader | Follower] = Leader if job.leads else Follower
+    config.stash[MEMBER] = kind(job, session, shares)
+    config.pluginmanager.register(config.stash[MEMBER])
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: resume.end(session))  # by which torchrun ends the other ranks
 
@@ -85,7 +86,7 @@ def _cost(item: pytest.Item) -> float:
     """Return the seconds that a test is expected to take on each rank; what all ranks do weighs nothing."""
     if isinstance(item, pytest.Function) and (name := case_of(item)):
         case = cases_of(item.config).get(name)
-        return 1.0 if case is None else benchmark_s(case, item.callspec.params["method"])
+        return 1.0 if case is None else benchmark_s(case, str(item.callspec.params["method"]))
     costs = item.get_closest_marker("costs")
     return 0.0 if _explores(item) else float(costs.args[0]) if costs else 1.0
 

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...kernel import tuned_table
 from ...kernel.call import Gpu
@@ -24,11 +25,14 @@ from ..saved.storage import slug
 from ..suite import case_file, cases, random_cases
 from ..suite.cases import Case
 from ..tables import replace_file
-from ..timer.machine import environment
+from ..timer.machine import environment, one_of_many
 from . import regret, workers
 from .log import Log, Progress
 from .results import Result, as_csv, as_markdown, merged, rows
 from .sweep import Compile, DeviceLost, Sweep, SweepDevice, SweepError
+
+if TYPE_CHECKING:
+    from ..ranks.job import Job
 
 HOT_ROWS = 1024  # N of the default cases
 
@@ -148,6 +152,13 @@ def main_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="tune.csv, tune.md and what an interrupted sweep has measured (default: bench/results/<GPU>)",
     )
+    parser.add_argument(
+        "--sel-rank-limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: give a rank up that is silent for so long (default: %(default)s)",
+    )
     return parser
 
 
@@ -162,6 +173,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = select(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.regret and one_of_many():
+        parser.error("--regret: is measured by one process, without torchrun")
+    job = None
+    if one_of_many():  # by torchrun; else nothing of that is imported
+        from ..ranks.job import take_card
+
+        take_card()
     try:
         from .gpu import GpuSweepDevice, find  # needs Triton
     except ImportError as error:
@@ -169,9 +187,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = find()
     if isinstance(gpu, str):
         return _refuse(gpu)
+    if one_of_many():
+        from . import ranks
+
+        try:
+            job = ranks.join(args.sel_rank_limit, chosen)
+        except ranks.JobError as error:
+            return _refuse(str(error))
     try:
-        return (tell_regret if args.regret else tune)(args, chosen, gpu, GpuSweepDevice())
+        if args.regret:
+            return tell_regret(args, chosen, gpu, GpuSweepDevice())
+        return tune(args, chosen, gpu, GpuSweepDevice(), job=job)
     except DeviceLost as error:
+        if job is not None and not job.can_restart:
+            return _refuse(f"a launch broke this process's access to the GPU; the same command goes on: {error}")
         print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
         print("A new process goes on without it.", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, "-m", __package__.rsplit(".", 2)[0], "tune", *argv])
@@ -191,14 +220,20 @@ def tune(
     device: SweepDevice,
     compile_all: Compile = workers.compile_all,
     progress: Progress | None = None,
+    job: Job | None = None,
 ) -> int:
-    """Sweep, write the results, and return 0, or 1 if there is nothing for a table."""
+    """Sweep, write the results, and return 0, or 1 if there is nothing for a table or, of a job, something missing."""
     machine = {name: value for name, value in environment().items() if name != "calibration"}
     out = args.out or default_folder(gpu.name)
     table = out if out.suffix == ".json" else out / tuned_table.file_name(gpu.name)
     folder = args.results or Path("bench/results") / slug(gpu.name)
     table.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Log(folder / "tune.jsonl", {**machine, "gpu": gpu.name})) as log:
+    path, machine["gpu"] = folder / "tune.jsonl", gpu.name
+    if job is not None:
+        from . import ranks
+
+        progress = progress or ranks.SharedProgress(job)
+    with contextlib.closing(Log(path, machine) if job is None else ranks.open_log(job, path, machine)) as log:
         sweep = Sweep(
             chosen,
             gpu,
@@ -209,13 +244,19 @@ def tune(
             every_chunk=args.exhaustive,
             top=args.top,
         )
-        for line in sweep.plan():
-            print(line, flush=True)
-        results = sweep.run()
+        if job is None or job.leads:
+            for line in sweep.plan():
+                print(line, flush=True)
+        results, missing = (sweep.run(), []) if job is None else ranks.run(job, sweep)
+        if job is not None and not job.leads:
+            return 0
         measured = {name: str(machine[name]) for name in ("torch", "triton", "driver", "cuda")}
         measured["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         written = write(results, sweep, table, folder, measured)
-        log.finish()
+        if job is not None:
+            ranks.let_go(job, not missing)
+        if not missing:
+            log.finish()
     for line in summary(results, sweep):
         print(line)
     for path in written:
@@ -223,6 +264,9 @@ def tune(
     tuned_table.forget()
     if table not in written:
         print("No class has a launch to tune: no table.")
+        return 1
+    if missing:
+        print("The same command measures what is missing.")
         return 1
     if table.parent.resolve() not in (tuned_table.LOCAL.resolve(), tuned_table.PACKAGED.resolve()):
         print(f"The run time reads it once it lies in {tuned_table.LOCAL}/ of the working directory.")

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,6 +134,21 @@ class Sweep:
         yield f"  on an H200 about {clock(seconds)}; whatever is measured is kept in {self.log.path}"
         if self.log.found:
             yield f"  continues: {self.log.found} measurements are there already"
+
+    def kernels(self) -> list[Variant]:
+        """Return the kernels of the first round that has not been timed yet, each once."""
+        open_ones = (
+            space.variant(case, launch)
+            for key, of_class in self.classes.items()
+            for case in of_class
+            for launch in self.launches[key]
+            if self._is_open(FIRST, case, launch)
+        )
+        return list(dict.fromkeys(open_ones))
+
+    def keep(self, keys: Collection[Class]) -> None:
+        """Leave all other classes to others."""
+        self.classes = {key: of_class for key, of_class in self.classes.items() if key in keys}
 
     def run(self) -> list[Result]:
         """Measure all that is not on record, and return the results by class.

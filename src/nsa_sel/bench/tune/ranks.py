@@ -1,0 +1,175 @@
+"""A sweep by the ranks of a job: each takes whole classes of calls, and rank 0 writes the one table.
+
+Every rank keeps a log of its own, in which it finds what its card has measured. Source: docs/many-gpus.md.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from ...kernel import tuned_table
+from ...kernel.tuned_table import Key
+from ..ranks.job import COMPILED, Job, JobError
+from ..ranks.shares import dealt
+from ..suite.cases import Case
+from ..timer.machine import environment
+from .log import Log, Progress
+from .results import Result
+from .space import Variant
+from .sweep import Compile, Sweep, SweepError
+
+__all__ = ["JobError", "SharedProgress", "join", "let_go", "open_log", "run"]
+
+READY = "ready"  # the box of rank 0's word that the logs of an earlier job are gathered
+TIMING_S, CASE_S = 0.0045 * 1.5, 0.6  # as Sweep.expected_seconds; the compiling is divided among all
+
+
+class SharedProgress(Progress):
+    """Show the progress of all ranks in rank 0's line."""
+
+    def __init__(self, job: Job, out: TextIO | None = None) -> None:
+        super().__init__(out if job.leads else io.StringIO())
+        self.job = job
+        self._noted = 0.0
+
+    def step(self) -> None:
+        super().step()
+        if self.done == self.total or time.monotonic() - self._noted > 1:
+            self._noted = time.monotonic()
+            self.job.note(f"{self.done}/{self.total} {self.stage}")
+
+    def beside(self) -> str:
+        return "".join(f"; rank {rank}: {self.job.doing(rank)}" for rank in self.job.others)
+
+
+def join(limit_s: float, chosen: Sequence[Case]) -> Job:
+    """Meet the other ranks; SIGTERM, by which torchrun ends them once one has died, becomes an interruption.
+
+    Raises: JobError.
+    """
+    job = Job(limit_s)
+    about = {name: value for name, value in environment().items() if name != "calibration"}
+    job.meet({**about, "kernel": tuned_table.kernel_hash(), "cases": [case.id for case in chosen]}, ("gpu_id",))
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return job
+
+
+def open_log(job: Job, path: Path, machine: Mapping[str, Any]) -> Log:
+    """Open this rank's log; rank 0's is the one of a sweep by one process, and takes over what a job has left."""
+    if not job.leads:
+        if not job.restarted:
+            job.listen([0], lambda *_: True, READY)
+        return Log(path.with_stem(f"{path.stem}-rank{job.rank}"), machine, beside=path)
+    log = Log(path, machine)
+    if not job.restarted:
+        for left in sorted(path.parent.glob(f"{path.stem}-rank*{path.suffix}")):
+            log.absorb(left)
+        for rank in job.others:
+            job.post(rank, None, READY)
+    return log
+
+
+def run(job: Job, sweep: Sweep) -> tuple[list[Result], list[Case]]:
+    """Sweep this rank's classes. Rank 0 returns the results of all ranks, and the cases of those that gave none.
+
+    Raises: as Sweep.run; on other ranks SweepError if rank 0 is gone.
+    """
+    classes = {key: tuple(of_class) for key, of_class in sweep.classes.items()}
+    if not job.restarted:
+        sweep.compile_all = _compiled_together(job, sweep)
+    owner = dealt({key: _cost(sweep, key) for key in classes}, job.size)
+    sweep.keep({key for key in classes if owner[key] == job.rank})
+    if not job.leads:
+        return _follow(job, sweep), []
+    found: dict[Key, Result] = {}
+    given: set[int] = set()
+
+    def hear(rank: int, message: dict[str, Any]) -> bool:
+        found.update({result.key: result for result in message["results"]})
+        sweep.skipped.update(message["skipped"])
+        sweep.late += message["late"]
+        sweep.log.include(message["errors"])
+        given.add(rank)
+        return True
+
+    try:
+        found.update({result.key: result for result in sweep.run()})
+        given.add(0)
+        for rank in job.listen(job.others, hear):
+            print(f"{job.described(rank)}: silent for {job.limit_s:g} s; its last sign: {job.doing(rank)}")
+    except KeyboardInterrupt:
+        for rank in set(job.others) - given:
+            for message in job.messages(rank):
+                hear(rank, message)
+        _name(_of_others(classes, owner, given))
+        raise
+    missing = _of_others(classes, owner, given)
+    _name(missing)
+    return [found[key] for key in classes if key in found], missing
+
+
+def let_go(job: Job, whole: bool) -> None:
+    """Let the other ranks end; `whole` tells them that the sweep is finished, and the next one measures anew."""
+    for rank in job.others:
+        job.post(rank, whole)
+
+
+def _follow(job: Job, sweep: Sweep) -> list[Result]:
+    results = sweep.run()
+    job.post(0, {"results": results, "skipped": sweep.skipped, "late": sweep.late, "errors": sweep.log.errors()})
+    said: list[bool] = []
+
+    def hear(_: int, whole: bool) -> bool:
+        said.append(whole)
+        return True
+
+    if job.listen([0], hear):
+        raise SweepError("rank 0 is gone or silent; the same command goes on")
+    if said[0]:
+        sweep.log.finish()
+    return results
+
+
+def _of_others(classes: Mapping[Key, Sequence[Case]], owner: Mapping[Key, int], given: set[int]) -> list[Case]:
+    """Return the cases of the ranks that have given no results."""
+    return [case for key, of_class in classes.items() if owner[key] not in given for case in of_class]
+
+
+def _name(missing: Sequence[Case]) -> None:
+    if missing:
+        print(f"no result of {len(missing)} cases: {', '.join(case.id for case in missing)}", flush=True)
+
+
+def _cost(sweep: Sweep, key: Key) -> float:
+    return len(sweep.classes[key]) * (CASE_S + TIMING_S * len(sweep.launches[key]))
+
+
+def _compiled_together(job: Job, sweep: Sweep) -> Compile:
+    """Compile a part of the first round's kernels of all ranks, wait for the parts of this host's other ranks, and
+    return what compiles the kernels of the later rounds.
+    """
+    number, of = job.part
+    mine = sweep.kernels()[number::of]
+    sweep.progress.start("compiling", len(mine))
+    compile_all = sweep.compile_all
+    parts = job.exchange(job.here, (mine, dict(compile_all(mine, sweep.progress.step))), COMPILED).values()
+    done = {kernel for kernels, _ in parts for kernel in kernels}
+    errors = {kernel: error for _, failed in parts for kernel, error in failed.items()}
+
+    def compile_rest(kernels: Sequence[Variant], finished: Callable[[], Any]) -> dict[Variant, str]:
+        rest = [kernel for kernel in kernels if kernel not in done]
+        for _ in range(len(kernels) - len(rest)):
+            finished()
+        return {kernel: errors[kernel] for kernel in kernels if kernel in errors} | dict(compile_all(rest, finished))
+
+    return compile_rest
