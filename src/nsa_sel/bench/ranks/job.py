@@ -22,6 +22,7 @@ import torch.distributed as dist
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 LIMIT_S = 600.0  # a rank that is silent for so long is given up
 MEET_S = 300.0  # that all are there: imports from a slow disk
+LET_GO_S = 5.0
 POLL_S = 0.05
 COMPILED = "compiled"  # the box of ranks that have compiled their part
 
@@ -46,6 +47,7 @@ class Job:
         self.limit_s = limit_s
         self.cards: list[dict[str, Any]] = []  # what each rank runs on
         self.restarted = False  # this process took the place of one that had met the others
+        self.lost: set[int] = set()  # ranks that were given up
         self._store: Any = None
         self._next: dict[str, int] = {}  # number of the next message, by the box it will lie in
         self._noted: dict[int, tuple[bytes, float]] = {}  # each rank's last sign of life, and when it was first seen
@@ -120,8 +122,8 @@ class Job:
             self._next[name] = self._store.add(f"taken/{name}", 0) + 1
         while self._store.check([key := f"{name}/{self._next[name]}"]):
             message = pickle.loads(self._store.get(key))
-            self._next[name] = self._store.add(f"taken/{name}", 1) + 1
             self._store.delete_key(key)
+            self._next[name] = self._store.add(f"taken/{name}", 1) + 1
             yield message
 
     def note(self, doing: str) -> None:
@@ -158,6 +160,7 @@ class Job:
                     left.discard(rank)
                 elif self.silent(rank):
                     lost.append(rank)
+                    self.lost.add(rank)
                     left.discard(rank)
             if left:
                 self.note("waits for the other ranks")
@@ -172,6 +175,18 @@ class Job:
             self.post(rank, message, box)
         self.listen(others, lambda rank, theirs: found.setdefault(rank, theirs) is theirs, box)
         return found
+
+    def let_go(self, message: Any, listening: Iterable[int]) -> None:
+        """Give all ranks their last message, and wait until those who listen have it: the store may be in this process.
+
+        Only rank 0 does.
+        """
+        for rank in self.others:
+            self.post(rank, message)
+        left, end = set(listening) - self.lost, time.monotonic() + LET_GO_S
+        while left and time.monotonic() < end:
+            left = {of for of in left if self._store.add(f"taken/0>{of}", 0) < self._store.add(f"sent/0>{of}", 0)}
+            time.sleep(POLL_S if left else 0)
 
     def described(self, rank: int) -> str:
         """Say which card a rank has."""

@@ -43,7 +43,8 @@ class RankKeeper(Keeper):
         """Return what a saved run says of the job too; of a job of one rank there is nothing to say."""
         notes = super().notes()
         if self.job.size > 1:
-            notes["ranks"] = [{"host": card["host"], "gpu_id": card["gpu_id"]} for card in self.job.cards]
+            names = ("host", "gpu_id", "calibration")
+            notes["ranks"] = [{name: card.get(name) for name in names} for card in self.job.cards]
         if self.job.sharing:
             notes["shared_cards"] = True
         return notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ..compare import hooks
 from ..resume import plugin as resume
 from ..resume.results import dumps, rebuilt
 from ..saved.run import Key
+from ..timer.machine import environment
 from .job import COMPILED, Job
 from .keeper import RankKeeper
 
@@ -28,7 +30,7 @@ def case_of(item: pytest.Item) -> str | None:
     return str(params["case_id"]) if {"case_id", "method"} <= params.keys() else None
 
 
-class _Member:
+class Member:
     """Be one rank. shares: the tests of every rank, all in the order of the collection."""
 
     def __init__(self, job: Job, session: pytest.Session, shares: Shares) -> None:
@@ -51,11 +53,12 @@ class _Member:
         finally:
             session.items = self.every_item
             if not self.compiled:  # none of its tests wanted a kernel: those who wait for this rank need not
-                for rank in self.job.others:
-                    self.job.post(rank, None, COMPILED)
+                with contextlib.suppress(RuntimeError):
+                    for rank in self.job.others:
+                        self.job.post(rank, None, COMPILED)
 
 
-class Follower(_Member):
+class Follower(Member):
     """Run a share, and tell rank 0 of each test."""
 
     def __init__(self, job: Job, session: pytest.Session, shares: Shares) -> None:
@@ -104,8 +107,9 @@ class Follower(_Member):
     def _serve(self) -> None:
         """Measure again what rank 0 asks for, until it has saved the run."""
         try:
-            self.job.post(0, {"ended": ""})
+            self.job.post(0, {"ended": "", "calibration": environment()["calibration"]})
             self._delivered = not self.job.listen([0], self._hear)
+            self.pytest_unconfigure()
         except RuntimeError:  # rank 0 kept the store, and is gone
             self._delivered = False
         if not self._delivered:
@@ -132,8 +136,13 @@ class Follower(_Member):
         session.exitstatus = pytest.ExitCode.OK if self._delivered else session.exitstatus or 1
         return done
 
+    @pytest.hookimpl(trylast=True)  # after other handlers are put back
+    def pytest_unconfigure(self) -> None:
+        """Go in peace: if rank 0's status is not 0, torchrun's SIGTERM finds this rank on its way out."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-class Leader(_Member):
+
+class Leader(Member):
     """Run a share, hear the other ranks, and sum up."""
 
     def __init__(self, job: Job, session: pytest.Session, shares: Shares) -> None:
@@ -171,6 +180,7 @@ class Leader(_Member):
                     self.config.hook.pytest_runtest_logreport(report=report)
             case {"ended": why}:
                 self._why[rank] = why
+                self.job.cards[rank]["calibration"] = message.get("calibration")
         return rank in self._why
 
     def _take(self, rank: int, test: str, message: dict[str, Any]) -> None:
@@ -217,6 +227,7 @@ class Leader(_Member):
 
     def _gather(self) -> None:
         """Hear all ranks to their end, or until they fall silent."""
+        self.job.cards[0]["calibration"] = environment()["calibration"]
         lost = self.job.listen([rank for rank in self.job.others if rank not in self._why], self._hear)
         self._why |= dict.fromkeys(lost, f"silent for {self.job.limit_s:g} s")
 
@@ -246,5 +257,5 @@ class Leader(_Member):
     def pytest_unconfigure(self) -> None:
         """Let the other ranks go."""
         with contextlib.suppress(RuntimeError):
-            for rank in self.job.others:
-                self.job.post(rank, {"end": self.keeper is None or self.keeper.safe})
+            listening = [rank for rank, why in self._why.items() if not why]
+            self.job.let_go({"end": self.keeper is None or self.keeper.safe}, listening)

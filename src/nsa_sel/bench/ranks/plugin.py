@@ -18,14 +18,15 @@ import pytest
 
 from ..resume import plugin as resume
 from ..resume.conditions import conditions
+from ..resume.keeper import Keeper
 from ..suite.chosen import cases_of
 from .job import COMPILED, VARIABLES, Job, JobError, take_card
 from .keeper import RankKeeper
-from .members import Follower, Leader, case_of
+from .members import Follower, Leader, Member, case_of
 from .shares import benchmark_s, dealt
 
 JOB = pytest.StashKey[Job]()
-MEMBER = pytest.StashKey[Leader | Follower]()
+MEMBER = pytest.StashKey[Member]()
 OPTIONS = ("sel_kernel", "sel_cases", "sel_matrix", "sel_family", "sel_dtype")  # that a single test depends on
 
 
@@ -69,9 +70,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     shares = [
         [item for item in session.items if owner[groups[item]] == rank or _explores(item)] for rank in range(job.size)
     ]
-    config.stash[resume.KIND] = functools.partial(RankKeeper, job, owner)
-    kind: type[Leader | Follower] = Leader if job.leads else Follower
-    config.stash[MEMBER] = kind(job, session, shares)
+    keeper: Callable[..., Keeper] = functools.partial(RankKeeper, job, owner)
+    config.stash[resume.KIND] = keeper
+    config.stash[MEMBER] = (Leader if job.leads else Follower)(job, session, shares)
     config.pluginmanager.register(config.stash[MEMBER])
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: resume.end(session))  # by which torchrun ends the other ranks

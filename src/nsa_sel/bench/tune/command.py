@@ -253,8 +253,8 @@ def tune(
         measured = {name: str(machine[name]) for name in ("torch", "triton", "driver", "cuda")}
         measured["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         written = write(results, sweep, table, folder, measured)
-        if job is not None:
-            ranks.let_go(job, not missing)
+        if job is not None:  # a finished sweep is measured anew by the next
+            job.let_go(not missing, job.others)
         if not missing:
             log.finish()
     for line in summary(results, sweep):

@@ -23,7 +23,7 @@ from .results import Result
 from .space import Variant
 from .sweep import Compile, Sweep, SweepError
 
-__all__ = ["JobError", "SharedProgress", "join", "let_go", "open_log", "run"]
+__all__ = ["JobError", "SharedProgress", "join", "open_log", "run"]
 
 READY = "ready"  # the box of rank 0's word that the logs of an earlier job are gathered
 TIMING_S, CASE_S = 0.0045 * 1.5, 0.6  # as Sweep.expected_seconds; the compiling is divided among all
@@ -82,11 +82,12 @@ def open_log(job: Job, path: Path, machine: Mapping[str, Any]) -> Log:
 def run(job: Job, sweep: Sweep) -> tuple[list[Result], list[Case]]:
     """Sweep this rank's classes. Rank 0 returns the results of all ranks, and the cases of those that gave none.
 
+    The other ranks return once rank 0 has let them go.
+
     Raises: as Sweep.run; on other ranks SweepError if rank 0 is gone.
     """
     classes = {key: tuple(of_class) for key, of_class in sweep.classes.items()}
-    if not job.restarted:
-        sweep.compile_all = _compiled_together(job, sweep)
+    sweep.compile_all = Together(job, sweep.compile_all)
     owner = dealt({key: _cost(sweep, key) for key in classes}, job.size)
     sweep.keep({key for key in classes if owner[key] == job.rank})
     if not job.leads:
@@ -116,12 +117,6 @@ def run(job: Job, sweep: Sweep) -> tuple[list[Result], list[Case]]:
     missing = _of_others(classes, owner, given)
     _name(missing)
     return [found[key] for key in classes if key in found], missing
-
-
-def let_go(job: Job, whole: bool) -> None:
-    """Let the other ranks end; `whole` tells them that the sweep is finished, and the next one measures anew."""
-    for rank in job.others:
-        job.post(rank, whole)
 
 
 def _follow(job: Job, sweep: Sweep) -> list[Result]:
@@ -154,22 +149,46 @@ def _cost(sweep: Sweep, key: Key) -> float:
     return len(sweep.classes[key]) * (CASE_S + TIMING_S * len(sweep.launches[key]))
 
 
-def _compiled_together(job: Job, sweep: Sweep) -> Compile:
-    """Compile a part of the first round's kernels of all ranks, wait for the parts of this host's other ranks, and
-    return what compiles the kernels of the later rounds.
+class Together:
+    """Compile what the ranks of a host need for a round together, each a part, for as many rounds as bring new kernels.
+
+    What another rank has compiled is in Triton's cache. A rank that is lost, or started anew, costs its part.
     """
-    number, of = job.part
-    mine = sweep.kernels()[number::of]
-    sweep.progress.start("compiling", len(mine))
-    compile_all = sweep.compile_all
-    parts = job.exchange(job.here, (mine, dict(compile_all(mine, sweep.progress.step))), COMPILED).values()
-    done = {kernel for kernels, _ in parts for kernel in kernels}
-    errors = {kernel: error for _, failed in parts for kernel, error in failed.items()}
 
-    def compile_rest(kernels: Sequence[Variant], finished: Callable[[], Any]) -> dict[Variant, str]:
-        rest = [kernel for kernel in kernels if kernel not in done]
-        for _ in range(len(kernels) - len(rest)):
+    ROUNDS = 2  # all launches, and those around the best
+
+    def __init__(self, job: Job, compile_all: Compile) -> None:
+        self.job, self.compile_all = job, compile_all
+        self.round = 0
+        self.errors: dict[Variant, str | None] = {}  # None: compiled
+        while job.restarted and self.round < self.ROUNDS:  # the others are somewhere between these
+            self.round += 1
+            for rank in job.here:
+                for box in self._boxes():
+                    job.post(rank, {}, box)
+
+    def _boxes(self) -> tuple[str, str]:
+        return f"wanted in round {self.round}", f"{COMPILED} in round {self.round}"
+
+    def __call__(self, kernels: Sequence[Variant], finished: Callable[[], Any]) -> dict[Variant, str]:
+        steps = iter(kernels)  # of the progress: a rank's part is not what it needs
+
+        def step() -> None:
+            if next(steps, None) is not None:
+                finished()
+
+        if self.round < self.ROUNDS:
+            self.round += 1
+            wanted, compiled = self._boxes()
+            asked = self.job.exchange(self.job.here, dict.fromkeys(kernels), wanted)
+            every = list(dict.fromkeys(kernel for rank in sorted(asked) for kernel in asked[rank]))
+            number, of = self.job.part
+            for part in self.job.exchange(self.job.here, self._compile(every[number::of], step), compiled).values():
+                self.errors |= part
+        self.errors |= self._compile([kernel for kernel in kernels if kernel not in self.errors], step)
+        for _ in steps:
             finished()
-        return {kernel: errors[kernel] for kernel in kernels if kernel in errors} | dict(compile_all(rest, finished))
+        return {kernel: error for kernel in kernels if (error := self.errors[kernel]) is not None}
 
-    return compile_rest
+    def _compile(self, kernels: list[Variant], step: Callable[[], Any]) -> dict[Variant, str | None]:
+        return {**dict.fromkeys(kernels), **self.compile_all(kernels, step)}

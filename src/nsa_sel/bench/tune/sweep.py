@@ -135,17 +135,6 @@ class Sweep:
         if self.log.found:
             yield f"  continues: {self.log.found} measurements are there already"
 
-    def kernels(self) -> list[Variant]:
-        """Return the kernels of the first round that has not been timed yet, each once."""
-        open_ones = (
-            space.variant(case, launch)
-            for key, of_class in self.classes.items()
-            for case in of_class
-            for launch in self.launches[key]
-            if self._is_open(FIRST, case, launch)
-        )
-        return list(dict.fromkeys(open_ones))
-
     def keep(self, keys: Collection[Class]) -> None:
         """Leave all other classes to others."""
         self.classes = {key: of_class for key, of_class in self.classes.items() if key in keys}
