@@ -426,7 +426,7 @@ def test_a_rank_that_hangs_in_a_sweep_costs_what_it_had_not_measured(jobs):
     (named,) = re.findall(r"no result of 3 cases: (.*)", out)
     entries = json.loads((jobs.folder / "table.json").read_text())["entries"]
     assert len(entries) == 4 and "The same command measures what is missing" in out
-    assert not [case for entry in entries for case in entry["us"] if case in named]
+    assert not [case for entry in entries for case in entry["figures"]["us"] if case in named]
     out = tune(jobs)[0]
     assert jobs.codes == [0, 0] and "continues: " in out and did(jobs, 0)["timings"] == 0
     assert len(json.loads((jobs.folder / "table.json").read_text())["entries"]) == 7

@@ -37,6 +37,10 @@ class SharedProgress(Progress):
         self.job = job
         self._noted = 0.0
 
+    def start(self, stage: str, total: int) -> None:
+        super().start(stage, total)
+        self.job.note(f"0/{total} {stage}")
+
     def step(self) -> None:
         super().step()
         if self.done == self.total or time.monotonic() - self._noted > 1:
