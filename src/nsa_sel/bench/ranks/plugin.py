@@ -27,7 +27,8 @@ from .shares import benchmark_s, dealt
 
 JOB = pytest.StashKey[Job]()
 MEMBER = pytest.StashKey[Member]()
-OPTIONS = ("sel_kernel", "sel_cases", "sel_matrix", "sel_family", "sel_dtype")  # that a single test depends on
+# Options that a single test depends on.
+OPTIONS = ("sel_kernel", "sel_cases", "sel_matrix", "sel_seed", "sel_count", "sel_family", "sel_dtype")
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:

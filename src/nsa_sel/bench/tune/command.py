@@ -14,7 +14,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,11 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if args.regret and one_of_many():
         parser.error("--regret: is measured by one process, without torchrun")
-    job = None
     if one_of_many():  # by torchrun; else nothing of that is imported
-        from ..ranks.job import take_card
+        from . import ranks
 
-        take_card()
+        ranks.take_card()
     try:
         from .gpu import GpuSweepDevice, find  # needs Triton
     except ImportError as error:
@@ -187,20 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = find()
     if isinstance(gpu, str):
         return _refuse(gpu)
-    if one_of_many():
-        from . import ranks
-
-        try:
-            job = ranks.join(args.sel_rank_limit, chosen)
-        except ranks.JobError as error:
-            return _refuse(str(error))
     try:
         if args.regret:
             return tell_regret(args, chosen, gpu, GpuSweepDevice())
+        job = ranks.join(args.sel_rank_limit, chosen) if one_of_many() else None
         return tune(args, chosen, gpu, GpuSweepDevice(), job=job)
     except DeviceLost as error:
-        if job is not None and not job.can_restart:
-            return _refuse(f"a launch broke this process's access to the GPU; the same command goes on: {error}")
         print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
         print("A new process goes on without it.", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, "-m", __package__.rsplit(".", 2)[0], "tune", *argv])
@@ -257,7 +248,7 @@ def tune(
             job.let_go(not missing, job.others)
         if not missing:
             log.finish()
-    for line in summary(results, sweep):
+    for line in sweep.summary(results):
         print(line)
     for path in written:
         print(path)
@@ -299,22 +290,6 @@ def tell_regret(
         replace_file(args.json, text + "\n")
         print(args.json)
     return 0 if found else 1
-
-
-def summary(results: Sequence[Result], sweep: Sweep) -> Iterator[str]:
-    """Yield a line per class, and one for what failed or was skipped."""
-    for result in results:
-        winner = result.winner
-        if winner is None:
-            yield f"{result.key}: no entry, the model decides"
-        else:
-            yield f"{result.key}: {winner.launch}, {winner.mean_us:.1f} µs, {result.gain(winner):.2f}x untuned"
-    for case, reason in sweep.skipped.items():
-        yield f"not measured: {case.id}: {reason}"
-    if sweep.late:
-        yield f"{sweep.late} kernels were compiled only when they were timed, which takes long but changes no figure"
-    if failed := len(sweep.log.errors()):
-        yield f"{failed} of the timings failed; tune.md lists them with their errors"
 
 
 def _refuse(reason: str) -> int:

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...kernel import tuned_table
-from ...kernel.tuned_table import Key
-from ..ranks.job import COMPILED, Job, JobError
+from ..ranks.job import COMPILED, Job, JobError, take_card
 from ..ranks.shares import dealt
 from ..suite.cases import Case
 from ..timer.machine import environment
 from .log import Log, Progress
 from .results import Result
 from .space import Variant
-from .sweep import Compile, Sweep, SweepError
+from .sweep import Class, Compile, DeviceLost, Sweep, SweepError
 
-__all__ = ["JobError", "SharedProgress", "join", "open_log", "run"]
+__all__ = ["SharedProgress", "join", "open_log", "run", "take_card"]
 
 READY = "ready"  # the box of rank 0's word that the logs of an earlier job are gathered
 TIMING_S, CASE_S = 0.0045 * 1.5, 0.6  # as Sweep.expected_seconds; the compiling is divided among all
@@ -54,11 +53,14 @@ class SharedProgress(Progress):
 def join(limit_s: float, chosen: Sequence[Case]) -> Job:
     """Meet the other ranks; SIGTERM, by which torchrun ends them once one has died, becomes an interruption.
 
-    Raises: JobError.
+    Raises: SweepError if they differ, or do not come.
     """
     job = Job(limit_s)
     about = {name: value for name, value in environment().items() if name != "calibration"}
-    job.meet({**about, "kernel": tuned_table.kernel_hash(), "cases": [case.id for case in chosen]}, ("gpu_id",))
+    try:
+        job.meet({**about, "kernel": tuned_table.kernel_hash(), "cases": [case.id for case in chosen]}, ("gpu_id",))
+    except JobError as error:
+        raise SweepError(str(error)) from None
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -96,7 +98,7 @@ def run(job: Job, sweep: Sweep) -> tuple[list[Result], list[Case]]:
     sweep.keep({key for key in classes if owner[key] == job.rank})
     if not job.leads:
         return _follow(job, sweep), []
-    found: dict[Key, Result] = {}
+    found: dict[Class, Result] = {}
     given: set[int] = set()
 
     def hear(rank: int, message: dict[str, Any]) -> bool:
@@ -112,6 +114,12 @@ def run(job: Job, sweep: Sweep) -> tuple[list[Result], list[Case]]:
         given.add(0)
         for rank in job.listen(job.others, hear):
             print(f"{job.described(rank)}: silent for {job.limit_s:g} s; its last sign: {job.doing(rank)}")
+    except DeviceLost as error:
+        if job.can_restart:
+            raise
+        raise SweepError(
+            f"a launch broke this process's access to the GPU; the same command goes on: {error}"
+        ) from None
     except KeyboardInterrupt:
         for rank in set(job.others) - given:
             for message in job.messages(rank):
@@ -139,7 +147,7 @@ def _follow(job: Job, sweep: Sweep) -> list[Result]:
     return results
 
 
-def _of_others(classes: Mapping[Key, Sequence[Case]], owner: Mapping[Key, int], given: set[int]) -> list[Case]:
+def _of_others(classes: Mapping[Class, Sequence[Case]], owner: Mapping[Class, int], given: set[int]) -> list[Case]:
     """Return the cases of the ranks that have given no results."""
     return [case for key, of_class in classes.items() if owner[key] not in given for case in of_class]
 
@@ -149,7 +157,7 @@ def _name(missing: Sequence[Case]) -> None:
         print(f"no result of {len(missing)} cases: {', '.join(case.id for case in missing)}", flush=True)
 
 
-def _cost(sweep: Sweep, key: Key) -> float:
+def _cost(sweep: Sweep, key: Class) -> float:
     return len(sweep.classes[key]) * (CASE_S + TIMING_S * len(sweep.launches[key]))
 
 
