@@ -217,6 +217,20 @@ def test_an_alarm_between_runs_of_one_commit_is_counted_and_named(runs_of_one_co
     assert text.count(first.id) == 2
 
 
+@pytest.mark.parametrize(("share", "found", "code"), [(0.5, "100.0%", 0), (0.05, "0.0%", 1)])
+def test_timings_made_slower_are_found_and_no_other(tmp_path, capsys, share, found, code):
+    paths = [saved_runs.save(saved_runs.run(cases.matrix("hot")), tmp_path / f"{name}.json") for name in "abc"]
+    assert instrument.main(["--slowed", str(share), *map(str, paths)]) == code
+    text = capsys.readouterr().out
+    assert f"timings {share:.0%} slower" in text and f"{found} slower when measured again, 0 named elsewhere" in text
+
+
+def test_two_runs_are_too_few_for_a_second_look(runs_of_one_commit, capsys):
+    with pytest.raises(SystemExit):
+        instrument.main(["--slowed", "0.15", *runs_of_one_commit[:2]])
+    assert "--slowed: needs three runs or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("suspects", "code"), [(3, 0), (4, 1)])
 def test_more_than_a_suspect_per_ordered_pair_is_too_many(tmp_path, capsys, suspects, code):
     data = saved_runs.run(cases.matrix("hot"))
