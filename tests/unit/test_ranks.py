@@ -103,6 +103,12 @@ def test_sel(benchmark, case_id, method, pytestconfig):
     with open(f"measured-{RANK}.txt", "a") as file:
         file.write(case_id)
 """.replace("CASES", CASES).replace("METHODS", repr(METHODS))
+PROFILE = """
+from hypothesis import settings
+
+settings.register_profile("as the test says", derandomize=FIXED)
+settings.load_profile("as the test says")
+"""
 DRAWN = """
 import json
 from conftest import RANK
@@ -287,13 +293,16 @@ def test_after_the_first_failure_all_ranks_stop(jobs):
     assert jobs.codes == [0, 0] and len(run.load(jobs.saved()[0]).timings) == 12 and jobs.journals() == []
 
 
-def test_ranks_draw_different_examples_and_a_failure_is_seen_again_on_one_process(jobs):
+@pytest.mark.parametrize("fixed", [False, True])  # examples always the same: Hypothesis's own profile in CI
+def test_ranks_draw_different_examples_and_a_failure_is_seen_again_on_one_process(jobs, fixed):
+    (jobs.folder / "conftest.py").write_text(CONFTEST + PROFILE.replace("FIXED", str(fixed)))
     (jobs.folder / "machine.json").write_text(json.dumps(MACHINES))
     out, _ = jobs.start(["-p", "no:cacheprovider", "test_drawn.py"], 2)
     drawn = [json.loads((jobs.folder / f"drawn-{rank}.json").read_text()) for rank in (0, 1)]
     assert jobs.codes == [1, 0] and drawn[0][:5] != drawn[1][:5] and "1 failed, 1 passed" in out
     (command,) = re.findall(r"^  python -m pytest (.*)$", out, re.MULTILINE)
     assert "--hypothesis-seed=1" in command
+    (jobs.folder / "conftest.py").write_text(CONFTEST + PROFILE.replace("FIXED", "False"))
     jobs.start(["-p", "no:cacheprovider", *shlex.split(command)], 0)
     assert json.loads((jobs.folder / "drawn-0.json").read_text())[:5] == drawn[1][:5]
 

@@ -45,6 +45,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.workerinput = {}  # type: ignore[attr-defined]  # as under pytest-xdist: no cache, no report of its own
         seed = config.getoption("hypothesis_seed", None) or "0"
         config.option.hypothesis_seed = str(int(seed) + job.rank) if seed.isdigit() else f"{seed}-{job.rank}"
+        if config.pluginmanager.hasplugin("hypothesispytest"):
+            _let_the_seed_count()
+
+
+def _let_the_seed_count() -> None:
+    """Draw by the seed also where the profile draws the same examples always, as Hypothesis's own does in CI."""
+    from hypothesis import settings  # not needed without tests that use it
+
+    settings.register_profile("nsa_sel rank", settings.default, derandomize=False)
+    settings.load_profile("nsa_sel rank")
 
 
 @pytest.hookimpl(tryfirst=True)  # before a journal is begun
