@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-from mode_case import needs_gpu
-
-import nsa_sel
+from mode_case import environment, needs_gpu
 
 COLD = """
 import sys, warnings
@@ -42,8 +38,7 @@ for B, T, n in ((1, 4096, 16), (2, 65536, 16), (8, 65536, 16), (40, 8192, 16)):
 
 @needs_gpu
 def test_a_cold_process_whose_workspace_grows():
-    env = os.environ | {"PYTHONPATH": str(Path(nsa_sel.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", COLD], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", COLD], env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
