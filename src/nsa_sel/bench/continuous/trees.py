@@ -23,6 +23,7 @@ CASE_FILE = Path("bench/suite/case_file.py")  # a suite without it does not unde
 COPIED = ("src", "configs")  # of a working tree: the package, and the toggles that it reads where it runs
 RUNNING = Path(__file__).parents[len(WORKER.parts) - 1]  # this package
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+TWO_TREES = "two unpacked trees by --base-dir DIR --head-dir DIR"
 # Set inside a git hook, where they would make every command below work on the caller's own index.
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 
@@ -159,7 +160,10 @@ class Git:
 
     def __init__(self, repository: Path, foreign: bool = False) -> None:
         self.folder, self.foreign = repository, foreign
-        self.folder = Path(self.ask("rev-parse", "--show-toplevel"))
+        try:
+            self.folder = Path(self.ask("rev-parse", "--show-toplevel"))
+        except TreeError as error:
+            raise TreeError(f"{error}; without one, give {TWO_TREES}") from None
 
     def ask(self, *arguments: str) -> str:
         """Return what a git command prints.
@@ -172,7 +176,7 @@ class Git:
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, start_new_session=True)
         except FileNotFoundError:
-            raise TreeError("there is no git here; give two unpacked trees: --base-dir DIR --head-dir DIR") from None
+            raise TreeError(f"there is no git here: give {TWO_TREES}") from None
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise TreeError(f"{self.folder}: git {arguments[0]}: {said}")
