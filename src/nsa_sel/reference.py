@@ -26,6 +26,11 @@ MAX_SDPA_BATCH = 65535  # CUDA's limit on the grid dimension in which SDPA's ker
 MAX_MASK_KEYS, MAX_MASK = 65536, 2**31 - 1
 # Before torch 2.6, which can order SDPA's kernels, cuDNN's is not the first, and torch.compile cannot trace a choice.
 CUDNN_MAY_BE_FIRST = hasattr(torch._C, "_set_sdp_priority_order")
+OTHER_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 
 
 def oracle(
@@ -182,10 +187,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
     if wide or modes.transformed():
         kernels = sdpa_kernel(SDPBackend.MATH)
     elif _cudnn_is_wrong(q, k, v):
-        others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        if torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled():  # the kill switch forbids it
-            others = [SDPBackend.FLASH_ATTENTION, *others]
-        kernels = sdpa_kernel(others)
+        # Of the others the caller, or the kill switch, may have forbidden some; a compiler cannot ask.
+        compiling = torch.compiler.is_compiling()
+        if others := [kernel for kernel, is_allowed in OTHER_KERNELS.items() if compiling or is_allowed()]:
+            kernels = sdpa_kernel(others)
     with kernels:
         attn_mask = None if mask is None else mask[:, None]
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=attn_mask, scale=scale)

@@ -264,7 +264,7 @@ def test_gradients_of_scores_far_below_zero_are_finite(heads):
 @pytest.mark.parametrize("grad", (True, False))
 @pytest.mark.parametrize("flash", (True, False))
 def test_cudnn_computes_no_gradients(dtype, grad, flash, monkeypatch):
-    """On a GPU, in low precision. Whether flash attention may be taken stays as it was."""
+    """On a GPU, in low precision. Which of the other kernels may be taken stays as it was."""
     allowed, judge, sdpa = [], reference._cudnn_is_wrong, torch.nn.functional.scaled_dot_product_attention
 
     def on_gpu(x):
@@ -272,16 +272,18 @@ def test_cudnn_computes_no_gradients(dtype, grad, flash, monkeypatch):
             return torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=x.requires_grad)
 
     def recorded(*args, **more):
-        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        now = torch.backends.cuda
+        others = now.flash_sdp_enabled(), now.mem_efficient_sdp_enabled(), now.math_sdp_enabled()
+        allowed.append((now.cudnn_sdp_enabled(), *others))
         return sdpa(*args, **more)
 
     monkeypatch.setattr(reference, "_cudnn_is_wrong", lambda *x: judge(*map(on_gpu, x)))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     q, k, v, ranges = inputs(dtype)
-    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, *every] if flash else every):
         reference.packed_sdpa(q.requires_grad_(grad), k, v, ranges)
-    assert allowed == [(not (grad and dtype == torch.bfloat16), flash)]
+    assert allowed == [(not (grad and dtype == torch.bfloat16), flash, False, True)]
 
 
 @each_differentiable
