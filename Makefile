@@ -31,8 +31,8 @@ test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity tests/modes
 	$(PY) -m pytest -q tests/perf --sel-matrix smoke
 
-parity: $(INSTALLED) ## is the kernel right here? the parity suite alone
-	$(PY) -m pytest -q tests/parity
+parity: $(INSTALLED) ## is the kernel right here? the parity suite alone, in several processes where it can
+	$(PY) -m nsa_sel parity -q
 
 # The CPU suite with the oldest torch and Triton supported, gigabytes of CUDA libraries included; for others
 # `make test-oldest OLDEST='torch==2.6.0 triton==3.2.0 numpy==2.2.6'`. Before Triton 3.7 its NumPy must be older than 2.4, and
