@@ -229,7 +229,8 @@ def test_triton_sel_parity_beyond_two_to_the_31_elements(where):
     """Touch K and V past their 2**31st element, reached through the token's stride or through the group's."""
     D, beyond = 128, 2**31
     free, _ = torch.cuda.mem_get_info()
-    needed = LARGEST_TEST_BYTES if given_kernel.under_test is None else 16e9  # with copies of K and V, to see if they are written
+    # A given kernel's K and V are copied, to see if they are written.
+    needed = LARGEST_TEST_BYTES if given_kernel.under_test is None else 16e9
     if free < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of free GPU memory, found {free / 1e9:.1f}")
     tail = 4096  # tokens around the 2**31st element; the rest of the buffer is never selected

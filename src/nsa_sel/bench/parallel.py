@@ -1,7 +1,7 @@
 """In how many processes the parity suite runs, and what it then takes on an H200.
 
-Almost all of its time goes to compiling kernels, one after another in one process. pytest-xdist's processes compile side
-by side and share the GPU. Tests that need much of its memory are marked `much_memory`, and run one at a time.
+Almost all of its time goes to compiling kernels, one after another. The processes of pytest-xdist compile side by side
+and share the GPU. Tests that need much of its memory are marked `much_memory`, and run one at a time.
 """
 
 from __future__ import annotations
