@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import python
 
 import nsa_sel
 from nsa_sel import reference
@@ -250,8 +250,7 @@ def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
     saved = tmp_path / "run.json"
     options = ["--sel-family=peers", "--sel-matrix=smoke", f"--benchmark-json={saved}", "-k", "t512 and not flex"]
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/perf", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    done = python("-m", "pytest", "-q", "tests/perf", *options, env=environment)
     assert done.returncode == 0 and "1 x triton: no GPU" in done.stdout, done.stdout + done.stderr
     lines, notes = report_tables.peers(Saved.load(saved))
     (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]

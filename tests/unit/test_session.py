@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import python
 
 import nsa_sel
 from nsa_sel.bench.methods import contender
@@ -82,21 +83,10 @@ def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said
     imports = "from nsa_sel.bench import session; from nsa_sel.bench.methods import contender"
     (tmp_path / "broken.py").write_text(f"{imports}\ndef fail(*_): raise RuntimeError('out of order')\n{broken}\n")
     root = Path(nsa_sel.__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "broken",
-        "tests/perf",
-        "--sel-matrix=smoke",
-        "-k",
-        "sdpa_core",
-    ]
+    chosen = ["tests/perf", "--sel-matrix=smoke", "-k", "sdpa_core"]
     paths = os.pathsep.join([str(tmp_path), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     hidden = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=hidden)
+    done = python("-m", "pytest", "-q", "-p", "broken", *chosen, env=hidden)
     assert done.returncode == 1 and said in done.stdout and "out of order" in done.stdout
     assert len(done.stdout.splitlines()) < 60, done.stdout
 
