@@ -12,13 +12,13 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from programs import python
 from saved_runs import IDENTITY, READ_LIMIT_US, entry_of
 
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.threshold import command as threshold
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "bench_sel_triton.py"

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import python
 from pytest_benchmark.cli import make_parser
 
 from nsa_sel import SelConfig
 from nsa_sel.bench import cli
 from nsa_sel.bench.report import screen
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -6,13 +6,11 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from programs import python
 from saved_runs import document, entry, save_entries
 
 import nsa_sel
@@ -27,6 +25,7 @@ from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.config import get_config
 from nsa_sel.errors import KernelFailed
 from nsa_sel.routing import Route
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +43,7 @@ def arguments() -> dict[str, torch.Tensor]:
 def test_packing_beyond_the_memory_names_the_size_and_corrupts_nothing(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    script = Path(__file__).with_name("pack_too_much.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = python(Path(__file__).with_name("pack_too_much.py"))
     assert done.returncode == 0, done.stderr
     said, after = done.stdout.splitlines()
     asked = re.search(r"tried to allocate (\d+) bytes", said)

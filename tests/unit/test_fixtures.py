@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from programs import python
 
 import nsa_sel
 from nsa_sel.bench.suite import cases
+from tests.programs import python
 
 pytest_plugins = ["pytester"]
 ROOT = Path(nsa_sel.__file__).parents[2]

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from programs import python
 
 from nsa_sel import reference
 from tests.parity.given_kernel import Broken, watched
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 KERNELS = """

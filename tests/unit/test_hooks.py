@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import saved_runs
-from programs import python
 from saved_runs import document, entry, save_entries, use_noise
 
 from nsa_sel.bench.compare import hooks, rule, table_command, theirs
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.suite import cases
+from tests.programs import python
 
 pytest_plugins = ["pytester"]
 SRC = Path(rule.__file__).parents[3]

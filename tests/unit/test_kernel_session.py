@@ -10,7 +10,6 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from programs import python
 
 import nsa_sel
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
@@ -21,6 +20,7 @@ from nsa_sel.bench.suite import case_file, cases
 from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.machine import environment
 from nsa_sel.recording import RecordingError
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)

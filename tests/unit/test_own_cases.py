@@ -10,7 +10,6 @@ from subprocess import CompletedProcess
 import pytest
 import saved_runs
 import torch
-from programs import python
 
 import nsa_sel
 from nsa_sel.bench.compare import command as compare_command
@@ -24,6 +23,7 @@ from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.bench.threshold.rule import decide
 from nsa_sel.bench.tune import command as tune_command
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 ENTRIES = """\

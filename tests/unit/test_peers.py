@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import python
 
 import nsa_sel
 from nsa_sel import reference
@@ -27,6 +26,7 @@ from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases, inputs
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.timer.timing import WallTimer
+from tests.programs import python
 
 PREFILL = Case("prefill", "bf16", "many", 4, 32, 16, 128, 2 * 192 * 2, S=192, G=2, S_kv=192, block=64, peers=True)
 DECODE = replace(cases.decode_case("bf16", "many", 2, 32, 16, 256, 2, 1024), peers=True)

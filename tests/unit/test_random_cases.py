@@ -12,7 +12,6 @@ from subprocess import CompletedProcess
 import pytest
 import saved_runs
 import torch
-from programs import python
 
 import nsa_sel
 from nsa_sel import spans
@@ -31,6 +30,7 @@ from nsa_sel.bench.suite.saved_cases import definitions, rebuilt
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.kernel.launch_config import MAX_WIDTH
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 FIRST = draw(1, 1000)

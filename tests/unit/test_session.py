@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from programs import python
 
 import nsa_sel
 from nsa_sel.bench.methods import contender
@@ -19,6 +18,7 @@ from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.session import Session, is_planted
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.timer.machine import environment
+from tests.programs import python
 
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
 

@@ -20,11 +20,13 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SECONDS = 300  # for each program
 
 
-def python(*arguments: object, cwd: Path = ROOT, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess:
+def python(
+    *arguments: object, cwd: Path = ROOT, env: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """Run a program and return what it printed; `arguments` as behind `python`: -m MODULE, -c CODE or FILE first."""
     zygote = _zygote()
     assert zygote.stdin is not None and zygote.stdout is not None
@@ -80,6 +82,7 @@ def become(argv: list[str]) -> None:
     here = {"-m": os.getcwd(), "-c": ""}.get(first, os.path.dirname(first))
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:] = [here, *given, *sys.path[1:]]
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     if first == "-m":
         sys.argv[:] = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
