@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -97,5 +98,6 @@ def become(argv: list[str]) -> None:
 if __name__ == "__main__":
     for name in ("torch", "pytest"):
         importlib.import_module(name)
+    gc.freeze()  # pytest collects garbage at its end: not among all of torch
     for line in sys.stdin:
         print(run(**json.loads(line)), flush=True)
