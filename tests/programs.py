@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def become(argv: list[str]) -> None:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.argv[:] = [first, *rest[1:]]
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
     else:
         sys.argv[:] = argv
         runpy.run_path(first, run_name="__main__")
