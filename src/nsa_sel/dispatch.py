@@ -140,13 +140,13 @@ def _run_triton(
 ) -> Any:
     """Plan the call, run it, and keep the plan where a key is given."""
     from .kernel.kv import MAX_KEPT, remember
-    from .kernel.launch import Plan
     from .kernel.launch_config import MAX_SPANS
+    from .kernel.shared_launch import plan_for
 
     if ranges.shape[3] > MAX_SPANS:
         out, lse = parts.run_in_parts(q, k, v, ranges, scale, max_len)
         return (out, lse) if return_lse else out
-    plan = Plan(q, k, v, ranges, scale, min_len, max_len)
+    plan = plan_for(q, k, v, ranges, scale, min_len, max_len)
     result = _with_lse(plan, q, k, v, ranges) if return_lse else plan.run(q, k, v, ranges)
     if key is not None:
         known = _plans.get(key)

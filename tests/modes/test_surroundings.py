@@ -92,11 +92,11 @@ def test_another_default_device_is_not_that_of_a_workspace():
 
 
 def test_a_default_device_costs_no_call_its_plan(monkeypatch):
-    from nsa_sel.kernel import launch
+    from nsa_sel.kernel import shared_launch
 
     args = make_inputs()
     call("triton")(*args)
-    monkeypatch.setattr(launch, "Plan", None)  # making another would fail
+    monkeypatch.setattr(shared_launch, "plan_for", None)  # making another would fail
     with torch.device(DEVICE):
         assert_right(call("triton")(*args), *args)
 

@@ -1,0 +1,296 @@
+"""Calls in which neighbouring queries may share tiles of KV: which they are, their launch, and how they run.
+
+Three kernels run one after another on one stream: `_cover` lists what every query tile selects, `_sel_shared` computes
+the query tiles that share enough, `_sel_rest` the rows of the others. Nothing is read back, so that the three can be
+captured.
+Source: docs/kernel.md, "Shared tiles".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import kernel_failed
+from . import launch as launches
+from .call import Call, Gpu
+from .coverage import COVER_TENSORS, _cover
+from .device import INTERPRETED, MAX_TMA_ROWS, bind_context, call_of, descriptor, gpu_of, tma_fits
+from .launch import Plan, launch_for
+from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_width
+from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
+
+# By GPU: from how many visits per KV tile on a query tile of 64 rows shares. Only GPUs named here share at all. None is
+# yet: for an H200 the rates of both kernels suggest about 2.3, which is not measured.
+BREAK_EVEN: dict[str, float] = {}
+MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row by row
+# How much work, rows times tokens, makes up for the index: where it is certain that queries share, and where not.
+# Guesses, not measured.
+CERTAIN_WORK, UNCERTAIN_WORK = 2**20, 2**23
+MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
+
+
+@dataclass(frozen=True)
+class SharedLaunch:
+    """Name every choice of a call whose queries may share tiles.
+
+    rows: rows of a product, queries of a query tile times padded heads. block_t: tokens of a KV tile. block_d,
+    block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
+    over partial tiles. tma: K and V through descriptors. break_even: visits per KV tile from which on a query tile
+    shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares.
+    """
+
+    rows: int
+    block_t: int
+    block_d: int
+    block_dv: int
+    num_warps: int
+    num_stages: int
+    partial_stages: int = 1
+    tma: bool = False
+    break_even: float = 0.0
+    rest_rows: int = 4
+
+    def __str__(self) -> str:
+        return (
+            f"shared R{self.rows} BT{self.block_t} BD{self.block_d} BDV{self.block_dv} w{self.num_warps} "
+            f"s{self.num_stages}+{self.partial_stages}{' tma' if self.tma else ''} x{self.break_even:g}"
+        )
+
+    def queries(self, H: int) -> int:
+        """Return the queries of a query tile."""
+        return max(1, self.rows // next_power_of_2(H))
+
+
+class Index(NamedTuple):
+    """Hold the coverage index of a call: what `_cover` writes, and the places of a query tile's list."""
+
+    tiles: Tensor
+    who: Tensor
+    counts: Tensor
+    rest: Tensor
+    n_rest: Tensor
+    capacity: int
+
+
+def shared_bytes(launch: SharedLaunch, D: int, Dv: int, element_bytes: int) -> int:
+    """Estimate a program's shared memory in bytes: tiles in flight, q, and the exchange of weights and result."""
+    k_columns, v_columns = padded_width(D, launch.block_d), padded_width(Dv, launch.block_dv)
+    tiles = max(launch.num_stages - (0 if launch.tma else 1), 1) * (k_columns + v_columns) * launch.block_t
+    return (tiles + launch.rows * k_columns) * element_bytes + launch.rows * launch.block_t * 4
+
+
+def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
+    """Choose the launch of a call of S queries per sequence on a GPU of BREAK_EVEN; None: row by row is better."""
+    break_even = BREAK_EVEN[gpu.name]
+    if not call.shared_kv or call.element_bytes != 2 or S_kv > MAX_TMA_ROWS:
+        return None
+    if call.n_spans > MAX_SHARED_SPANS or call.max_len < 32 * call.n_spans:
+        return None
+    launch = default(call, gpu, break_even)
+    TQ = launch.queries(call.H)
+    certain = TQ * call.max_len >= 2 * break_even * S_kv  # they share so much whatever they select
+    query_tiles = call.N // S * -(-S // TQ)
+    if query_tiles < 2 * gpu.sm_count or call.N * call.max_len < (CERTAIN_WORK if certain else UNCERTAIN_WORK):
+        return None
+    return launch if shared_bytes(launch, call.D, call.Dv, 2) <= gpu.shared_bytes else None
+
+
+def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
+    """Return a launch of 64 rows and KV tiles of 64, with as many stages as shared memory holds."""
+    tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
+    launch = SharedLaunch(64, 64, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 1, tma, break_even)
+    if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
+        launch = replace(launch, rows=32, block_t=32, num_warps=8, num_stages=1)
+    while launch.num_stages > 1 and shared_bytes(launch, call.D, call.Dv, call.element_bytes) > gpu.shared_bytes:
+        launch = replace(launch, num_stages=launch.num_stages - 1)
+    return launch
+
+
+def plan_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    scale: float | None,
+    min_len: int | None,
+    max_len: int | None,
+    launch: SharedLaunch | None = None,
+) -> Plan:
+    """Plan a call: with shared tiles where `choose` finds that they pay, or as `launch` forces; else row by row."""
+    gpu = gpu_of(q.device)
+    if launch is None and gpu.name in BREAK_EVEN and (scale is None or scale > 0) and q.numel():
+        launch = choose(call_of(q, k, v, ranges, min_len=min_len, max_len=max_len), gpu, q.shape[1], k.shape[2])
+        if launch is not None and launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len).splits > 1:
+            launch = None  # so few rows leave multiprocessors idle
+    if launch is None:
+        return Plan(q, k, v, ranges, scale, min_len, max_len)
+    return SharedPlan(q, k, v, ranges, scale, min_len, max_len, launch)
+
+
+class SharedPlan(Plan):
+    """Hold what a call with shared tiles needs beside its rows' plan; arguments as `Plan` takes them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        scale: float | None,
+        min_len: int | None,
+        max_len: int | None,
+        shared: SharedLaunch,
+        row: LaunchConfig | None = None,
+    ) -> None:
+        row = row or launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len)
+        super().__init__(q, k, v, ranges, scale, min_len, max_len, replace(row, splits=1, cluster=1))
+        self.shared = shared
+        if problem := self._shared_problem(q, k, v, scale):
+            raise ValueError(f"launch: value is {shared}, expected {problem}")
+        B, S, G, H, _ = q.shape
+        n_spans = ranges.shape[3]
+        self.TQ = TQ = shared.queries(H)
+        self.query_tiles = B * -(-S // TQ)
+        self.shared_grid = (self.query_tiles, G)
+        self.rest_grid = (max(1, B * S * G // shared.rest_rows),)
+        # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
+        self.most_listed = TQ * (max_len // shared.block_t + 2 * n_spans) if max_len is not None else None
+        spans = max(1, min(next_power_of_2(n_spans), 1024 * shared.num_warps // (TQ * shared.block_t)))
+        self.shared_constants = {
+            "TQ": TQ,
+            "HEADS": next_power_of_2(H),
+            "BLOCK_D": shared.block_d,
+            "BLOCK_DV": shared.block_dv,
+            "BLOCK_T": shared.block_t,
+            "TMA": shared.tma,
+            "SPANS": spans,
+            "PARTIAL_STAGES": shared.partial_stages,
+        }
+
+    def _shared_problem(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
+        """Say what is expected in place of a launch, or a scale, that cannot run; None if it can."""
+        shared = self.shared
+        if scale is not None and not scale > 0:
+            return f"a positive scale, which is {scale}"
+        if shared.rows // next_power_of_2(q.shape[3]) > 64 or shared.queries(q.shape[3]) * q.shape[3] > shared.rows:
+            return "rows for a query and at most 64 of them"
+        if max(-(-q.shape[4] // shared.block_d), -(-v.shape[3] // shared.block_dv)) > 4:
+            return "at most 4 column chunks"
+        if shared.tma and not (gpu_of(q.device).has_tma and tma_fits(k, v)):
+            return "a launch that does without TMA descriptors"
+        return None
+
+    def capacity(self, S_kv: int) -> int:
+        """Return the places of a query tile's list for this S_kv; 0 where the index would be too large."""
+        most = -(-S_kv // self.shared.block_t)
+        if self.most_listed is not None:
+            most = min(most, int(self.most_listed / max(self.shared.break_even, 1.0)))
+        most = max(most, 1)
+        return most if self.index_places(most) * (12 if self.TQ > 32 else 8) <= MAX_INDEX_BYTES else 0
+
+    def index_places(self, capacity: int) -> int:
+        """Return the places of all lists, and one that is read and not used."""
+        return self.query_tiles * self.out_shape[2] * capacity + 1
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ranges: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        S_kv: int | None = None,
+    ) -> Tensor:
+        """Launch, and return the result. Arguments and errors as of `Plan.run`."""
+        if not INTERPRETED and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.run(q, k, v, ranges, out, lse, S_kv)
+        aligned = not any(x.data_ptr() & 15 for x in (q, k, v, ranges))
+        capacity = self.capacity(k.shape[2])
+        if 0 in self.out_shape or not 0 < k.shape[2] <= MAX_TMA_ROWS or not capacity or not aligned:
+            return super().run(q, k, v, ranges, out, lse, S_kv)
+        if out is None:
+            out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
+        bind_context()
+        index = self.index(k.shape[2], capacity)
+        try:
+            self.cover(ranges, k.shape[2], index)
+            self.attend(q, k, v, ranges, out, lse, index)
+            self.attend_rest(q, k, v, ranges, out, lse, index)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler, its cache and the driver raise whatever they like
+            raise kernel_failed(self.shared, error) from error
+        launches._launches += 3
+        return out
+
+    def index(self, S_kv: int, capacity: int) -> Index:
+        """Return room for the coverage index."""
+
+        def room(n: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(n, dtype=dtype, device=self.device)
+
+        query_tiles, places = self.query_tiles * self.out_shape[2], self.index_places(capacity)
+        who = room(places, torch.int64 if self.TQ > 32 else torch.int32)
+        n_rest = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return Index(room(places), who, room(2 * query_tiles), room(query_tiles), n_rest, capacity)
+
+    def cover(self, ranges: Tensor, S_kv: int, index: Index) -> None:
+        """Make the coverage index."""
+        arguments, options = self.cover_arguments(ranges, S_kv, index)
+        _cover[self.shared_grid](*arguments, **options)
+
+    def cover_arguments(self, ranges: Tensor, S_kv: int, index: Index) -> tuple[list[Any], dict[str, int]]:
+        """Return the arguments of `_cover` in order, and its options."""
+        words = min(next_power_of_2(-(-S_kv // (32 * self.shared.block_t))), max(1, 128 // self.TQ))
+        unroll = min(next_power_of_2(ranges.shape[3]), 8)
+        values = {
+            **self.values,
+            **{"S_kv": S_kv, "capacity": index.capacity, "break_even": self.shared.break_even},
+            **{"TQ": self.TQ, "BLOCK_T": self.shared.block_t, "WORDS": words, "UNROLL": unroll},
+        }
+        in_order = [values[name] for name in _cover.arg_names[len(COVER_TENSORS) :]]
+        return [ranges, *index[:5], *in_order], {"num_warps": 1 if self.TQ * words <= 32 else 4}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
+    ) -> None:
+        """Compute the query tiles that share."""
+        arguments, options = self.shared_arguments(q, k, v, ranges, out, lse, index)
+        _sel_shared[self.shared_grid](*arguments, **options)
+
+    def shared_arguments(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
+    ) -> tuple[list[Any], dict[str, int]]:
+        """Return the arguments of `_sel_shared` in order, and its options."""
+        shared = self.shared
+        descriptors = [None, None]
+        if shared.tma:
+            widths = (k, shared.block_d), (v, shared.block_dv)
+            descriptors = [descriptor(x, shared.block_t, width) for x, width in widths]
+        values = self.values | {"S_kv": k.shape[2], "capacity": index.capacity} | self.shared_constants
+        in_order = [values[name] for name in _sel_shared.arg_names[len(SHARED_TENSORS) :]]
+        options = {"num_warps": shared.num_warps, "num_stages": shared.num_stages}
+        return [q, k, v, ranges, out, lse, *index[:5], *descriptors, *in_order], options
+
+    def attend_rest(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
+    ) -> None:
+        """Compute the rows of the other query tiles."""
+        _sel_rest[self.rest_grid](*self.rest_arguments(q, k, v, ranges, out, lse, index), **self.options)
+
+    def rest_arguments(
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
+    ) -> list[Any]:
+        """Return the arguments of `_sel_rest` in order; its options are those of the rows' plan."""
+        descriptors = [None, None]
+        if self.tma:
+            widths = (k, self.config.block_d), (v, self.config.block_dv)
+            descriptors = [descriptor(x, self.config.block_l, width) for x, width in widths]
+        in_order = self.in_order(k.shape[2])
+        return [q, k, v, ranges, out, lse, index.rest, index.n_rest, *descriptors, *in_order, self.TQ]
