@@ -31,6 +31,7 @@ MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row 
 # Guesses, not measured.
 CERTAIN_WORK, UNCERTAIN_WORK = 2**20, 2**23
 MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
+SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
     break_even = BREAK_EVEN[gpu.name]
     if not call.shared_kv or call.element_bytes != 2 or S_kv > MAX_TMA_ROWS:
         return None
-    if call.n_spans > MAX_SHARED_SPANS or call.max_len < 32 * call.n_spans:
+    if call.n_spans > MAX_SHARED_SPANS or call.max_len < SHORTEST_SPANS * call.n_spans:
         return None
     launch = default(call, gpu, break_even)
     TQ = launch.queries(call.H)
@@ -178,11 +179,12 @@ class SharedPlan(Plan):
             return f"a positive scale, which is {scale}"
         if shared.rows // next_power_of_2(q.shape[3]) > 64 or shared.queries(q.shape[3]) * q.shape[3] > shared.rows:
             return "rows for a query and at most 64 of them"
-        if max(-(-q.shape[4] // shared.block_d), -(-v.shape[3] // shared.block_dv)) > 4:
-            return "at most 4 column chunks"
         if shared.tma and not (gpu_of(q.device).has_tma and tma_fits(k, v)):
             return "a launch that does without TMA descriptors"
-        return None
+        loop = LaunchConfig(
+            "whole", shared.block_t, shared.block_d, shared.block_dv, shared.num_warps, shared.num_stages
+        )
+        return loop.problem(q.shape[4], v.shape[3])
 
     def capacity(self, S_kv: int) -> int:
         """Return the places of a query tile's list for this S_kv; 0 where the index would be too large."""
