@@ -24,6 +24,7 @@ interpreted = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 LAYOUTS = "tests/parity/test_layouts.py::test_triton_sel_parity_"
 ONE_RUN = LAYOUTS + "without_length_hints"
+SHARED = "tests/parity/test_shared.py::test_triton_sel_parity_of_shared_tiles_"
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,48 @@ FAULTS = [
         "            self.tick()\n        end.event.synchronize()\n        return start",
         "            self.tick()\n        return start",
         "tests/unit/test_mutations.py::test_the_timer_waits_for_its_end_event",
+    ),
+    Fault(
+        "the mask of a partial tile is off by one",
+        "kernel/shared.py",
+        "inside = (start[:, :, None] <= token[None, None, :])",
+        "inside = (start[:, :, None] <= token[None, None, :] + 1)",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "a key that is selected twice weighs once",
+        "kernel/shared.py",
+        "tl.log2(tl.maximum(times, 1).to(tl.float32))",
+        "0.0",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "two queries of a query tile have each other's whole tiles",
+        "kernel/shared.py",
+        "chosen = ((who >> query) & 1) != 0",
+        "chosen = ((who >> (query ^ 1)) & 1) != 0",
+        SHARED + "in_prefill[random-dtype1]",
+    ),
+    Fault(
+        "a tile that one query selects in part counts as whole",
+        "kernel/coverage.py",
+        "partly = touched & (twice | ~covered)",
+        "partly = touched & twice",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "NaN in V of a key that only some queries select reaches the others",
+        "kernel/shared.py",
+        "if spoilt > 0:",
+        "if spoilt > 64:",
+        SHARED + "keeps_apart_what_only_some_queries_select[v-float('nan')]",
+    ),
+    Fault(
+        "the rows of query tiles that do not share are not computed",
+        "kernel/coverage.py",
+        "tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))",
+        "tl.store(rest_ptr, query_tile.to(tl.int32))",
+        SHARED + "beside_rows_of_their_own[1.2]",
     ),
 ]
 if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4
