@@ -14,10 +14,11 @@ from torch import Tensor
 import nsa_sel
 from nsa_sel import dispatch, reference
 from nsa_sel.bench.suite.cases import prefill_case
-from nsa_sel.kernel import launch, shared_launch
+from nsa_sel.kernel import launch, shared_config, shared_launch
 from nsa_sel.kernel.coverage import PARTIAL_COST
 from nsa_sel.kernel.launch_config import chunk_width
-from nsa_sel.kernel.shared_launch import Index, SharedLaunch, SharedPlan
+from nsa_sel.kernel.shared_config import SharedLaunch
+from nsa_sel.kernel.shared_launch import Index, SharedPlan
 
 from .parity_case import (
     DEVICE,
@@ -249,6 +250,17 @@ def test_triton_sel_parity_of_shared_tiles_keeps_apart_what_only_some_queries_se
         assert torch.equal(out[:, :4].nan_to_num(7.0), alone[:, :4].nan_to_num(7.0)), "computed row by row"
 
 
+def test_triton_sel_parity_of_shared_tiles_of_keys_that_are_selected_many_times():
+    """Up to three times they are weighed in the shared product; more often, the query tile is computed row by row."""
+    for times in (2, 3, 4, 9):
+        case = Case(rows([(3, 5)] * times + [(0, 4)], [(1, 2)], *[[(0, 8)]] * 5), BLOCK, H=here(16, 4), D=32, Dv=32)
+        plan, inputs = planned(case, shared(case))
+        out, index = steps(plan, *inputs)
+        verdict = judge(case, out, *inputs)
+        assert verdict.ok, verdict.message
+        assert index.rest[: int(index.n_rest)].tolist() == ([] if times < 3 else [0])  # token 3 is in (0, 4) too
+
+
 def _rows_of(case: Case, queries: list[int]) -> tuple[Tensor, ...]:
     q, k, v, ranges = tensors(case)
     return q[:, queries], k, v, ranges[:, queries]
@@ -281,7 +293,7 @@ def test_triton_sel_parity_of_shared_tiles_of_a_context_that_grows():
 
 
 def test_no_gpu_shares_tiles_until_it_is_measured():
-    assert shared_launch.BREAK_EVEN == {}
+    assert shared_config.BREAK_EVEN == {}
     q, k, v, ranges = tensors(Case(MIXED, MIXED_S_KV))
     assert type(shared_launch.plan_for(q, k, v, ranges, None, None, None)) is launch.Plan
 
@@ -292,9 +304,9 @@ def test_triton_sel_parity_of_shared_tiles_through_the_public_function(monkeypat
 
     case = Case(prefill("local", 2 * BLOCK + 3, 2 * BLOCK + 35), 4 * BLOCK, H=here(8, 16), D=64, Dv=64)
     q, k, v, ranges = tensors(case)
-    monkeypatch.setattr(shared_launch, "BREAK_EVEN", {gpu_of(q.device).name: 0.5})
+    monkeypatch.setitem(shared_config.BREAK_EVEN, gpu_of(q.device).name, 0.5)
     for name in ("CERTAIN_WORK", "UNCERTAIN_WORK", "SHORTEST_SPANS"):
-        monkeypatch.setattr(shared_launch, name, 0)
+        monkeypatch.setattr(shared_config, name, 0)
     monkeypatch.setattr(shared_launch, "gpu_of", lambda device: replace(gpu_of(device), sm_count=1))
     monkeypatch.setattr(dispatch, "_plans", {})
     plans = []
@@ -324,7 +336,8 @@ def test_triton_sel_parity_of_shared_tiles_in_a_graph():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"rows": 4}, "rows for a query"),
+        ({"rows": 4}, "rows that are a power of two from 16 on"),
+        ({"rows": 1024}, "rows .* for 1 to 64 queries"),
         ({"block_d": 16}, "at most 4 column chunks"),
         ({"block_t": 24}, "tiles and chunks that are powers of two"),
     ],

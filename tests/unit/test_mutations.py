@@ -182,14 +182,14 @@ FAULTS = [
     Fault(
         "the mask of a partial tile is off by one",
         "kernel/shared.py",
-        "inside = (start[:, :, None] <= token[None, None, :])",
-        "inside = (start[:, :, None] <= token[None, None, :] + 1)",
+        "held = bits_between((start - first_token)[:, None],",
+        "held = bits_between((start - first_token + 1)[:, None],",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
     Fault(
         "a key that is selected twice weighs once",
         "kernel/shared.py",
-        "tl.log2(tl.maximum(times, 1).to(tl.float32))",
+        "tl.where(once, LOG2_3, 1.0)",
         "0.0",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "NaN in V of a key that only some queries select reaches the others",
         "kernel/shared.py",
-        "if spoilt > 0:",
-        "if spoilt > 64:",
+        "spoilt |= has_nan(acc0)",
+        "spoilt |= 0",
         SHARED + "keeps_apart_what_only_some_queries_select[v-float('nan')]",
     ),
     Fault(

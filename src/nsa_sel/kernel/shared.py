@@ -10,10 +10,12 @@ Source: docs/kernel.md, "Shared tiles".
 import triton
 import triton.language as tl
 
+from .coverage import bits_between
 from .forward import SIZE_ARGS, STRIDE_ARGS, attend_row
 from .merge import LN_2
 from .tiles import dot, load_spans, load_tile, scores
 
+LOG2_3 = tl.constexpr(1.584962500721156)
 SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count", "rest", "n_rest")
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
 
@@ -37,21 +39,36 @@ def store_rows(out_ptr, offs_row, mask_row, acc, factor, C: tl.constexpr, DV: tl
 @triton.jit
 def has_nan(acc):
     """Tell whether any value of a block is NaN, as 0 or 1."""
-    return tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
+    return tl.max((acc != acc).to(tl.int32))
 
 
 @triton.jit
-def times_selected(
-    row_ptr, stride_rn, live, token, n_spans, S_kv, TQ: tl.constexpr, BLOCK_T: tl.constexpr, SPANS: tl.constexpr
-):
-    """Count how many spans of each query that is `live` hold each token: [TQ, BLOCK_T]. SPANS are counted at a time."""
-    times = tl.zeros([TQ, BLOCK_T], tl.int32)
-    for first_span in range(0, n_spans, SPANS):
-        n = tl.where(live[:, None], first_span + tl.arange(0, SPANS)[None, :], n_spans)
-        start, end = load_spans(row_ptr[:, None], stride_rn, n, n_spans, S_kv, False)
-        inside = (start[:, :, None] <= token[None, None, :]) & (token[None, None, :] < end[:, :, None])
-        times += tl.sum(inside.to(tl.int32), 1)
-    return times
+def count_tokens(row_ptr, stride_rn, live, first_token, n_spans, S_kv, WORDS: tl.constexpr, UNROLL: tl.constexpr):
+    """Count how many spans of each row hold the tokens from first_token on, 32 tokens to a word: three [ROWS, WORDS].
+
+    In binary: a bit of the first is 1, of the second 2, of the third more than 3. Rows that are not `live` have none.
+    """
+    ones = tl.zeros([row_ptr.shape[0], WORDS], tl.int32)
+    twos = ones
+    more = ones
+    word = tl.arange(0, WORDS)[None, :]
+    for first_span in range(0, n_spans, UNROLL):
+        for i in tl.static_range(UNROLL):  # loads that do not depend on one another are in flight together
+            n = tl.where(live, first_span + i, n_spans)
+            start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, False)
+            held = bits_between((start - first_token)[:, None], (end - first_token)[:, None], word)
+            carry = ones & held
+            ones ^= held
+            more |= twos & carry
+            twos ^= carry
+    return ones, twos, more
+
+
+@triton.jit
+def each_bit(words, BITS: tl.constexpr):
+    """Return the lowest BITS of each word as values of their own: [ROWS, WORDS] gives [ROWS, WORDS · BITS]."""
+    bits = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
+    return tl.reshape(bits, [words.shape[0], words.shape[1] * BITS])
 
 
 @triton.jit
@@ -107,7 +124,7 @@ def _sel_shared(
     stride_rb, stride_rs, stride_rg, stride_rn,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
     TQ: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
-    TMA: tl.constexpr, SPANS: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    TMA: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute query tile (b, s // TQ, g), if it shares: program (b · query tiles + s // TQ, g).
 
@@ -116,7 +133,8 @@ def _sel_shared(
 
     What only some queries select must not reach the others, and a weight of zero does not keep NaN or an infinity out.
     But then, and only then, can the product of a row that selects none of those be NaN, and what is NaN once stays it.
-    So a query tile with any NaN in its result is appended to rest_ptr, and its rows are computed one by one.
+    So a query tile with any NaN in its result is appended to rest_ptr, and its rows are computed one by one. So is one
+    in which a query selects a key more than three times.
     """
     query_tiles = tl.cdiv(S, TQ)
     first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ
@@ -177,15 +195,18 @@ def _sel_shared(
         tile = next_tile
         who = next_who
 
-    one_s = (first_query + tl.arange(0, TQ)).to(tl.int64)
-    row_ptr = ranges_ptr + b * stride_rb + one_s * stride_rs + g * stride_rg
+    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
+    WORDS: tl.constexpr = (BLOCK_T + 31) // 32
+    spoilt = 0
     for i in tl.range(0, n_partial, num_stages=PARTIAL_STAGES):
         token = tl.load(tiles_at + (capacity - 1 - i)) * BLOCK_T
         at = desc_row + token
         tokens = token + offs_t
-        times = times_selected(row_ptr, stride_rn.to(tl.int64), one_s < S, tokens, n_spans, S_kv, TQ, BLOCK_T, SPANS)
-        bias = tl.where(times > 0, tl.log2(tl.maximum(times, 1).to(tl.float32)), float("-inf"))
-        bias = tl.reshape(tl.broadcast_to(bias[:, None, :], [TQ, HEADS, BLOCK_T]), [ROWS, BLOCK_T])
+        ones, twos, more = count_tokens(row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, WORDS, UNROLL)
+        spoilt |= tl.max((more != 0).to(tl.int32))
+        once = each_bit(ones, BLOCK_T // WORDS) != 0
+        twice = each_bit(twos, BLOCK_T // WORDS) != 0
+        bias = tl.where(twice, tl.where(once, LOG2_3, 1.0), tl.where(once, 0.0, float("-inf")))
         tokens = tl.minimum(tokens, S_kv - 1)
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
@@ -194,14 +215,14 @@ def _sel_shared(
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, True,
         )  # fmt: skip
 
-    spoilt = has_nan(acc0)
+    spoilt |= has_nan(acc0)
     if DV > BLOCK_DV:
-        spoilt += has_nan(acc1)
+        spoilt |= has_nan(acc1)
     if DV > 2 * BLOCK_DV:
-        spoilt += has_nan(acc2)
+        spoilt |= has_nan(acc2)
     if DV > 3 * BLOCK_DV:
-        spoilt += has_nan(acc3)
-    if spoilt > 0:
+        spoilt |= has_nan(acc3)
+    if spoilt != 0:
         tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))
     else:
         denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros

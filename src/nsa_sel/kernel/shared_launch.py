@@ -1,4 +1,4 @@
-"""Calls in which neighbouring queries may share tiles of KV: which they are, their launch, and how they run.
+"""Calls in which neighbouring queries may share tiles of KV, and how they run.
 
 Three kernels run one after another on one stream: `_cover` lists what every query tile selects, `_sel_shared` computes
 the query tiles that share enough, `_sel_rest` the rows of the others. Nothing is read back, so that the three can be
@@ -8,7 +8,7 @@ Source: docs/kernel.md, "Shared tiles".
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,54 +16,12 @@ from torch import Tensor
 
 from ..errors import kernel_failed
 from . import launch as launches
-from .call import Call, Gpu
 from .coverage import COVER_TENSORS, _cover
 from .device import INTERPRETED, MAX_TMA_ROWS, bind_context, call_of, descriptor, gpu_of, tma_fits
 from .launch import Plan, launch_for
-from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_width
+from .launch_config import LaunchConfig
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
-
-# By GPU: from how many visits per KV tile on a query tile of 64 rows shares. Only GPUs named here share at all. None is
-# yet: for an H200 the rates of both kernels suggest about 2.3, which is not measured.
-BREAK_EVEN: dict[str, float] = {}
-MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row by row
-# How much work, rows times tokens, makes up for the index: where it is certain that queries share, and where not.
-# Guesses, not measured.
-CERTAIN_WORK, UNCERTAIN_WORK = 2**20, 2**23
-MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
-SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
-
-
-@dataclass(frozen=True)
-class SharedLaunch:
-    """Name every choice of a call whose queries may share tiles.
-
-    rows: rows of a product, queries of a query tile times padded heads. block_t: tokens of a KV tile. block_d,
-    block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
-    over partial tiles. tma: K and V through descriptors. break_even: visits per KV tile from which on a query tile
-    shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares.
-    """
-
-    rows: int
-    block_t: int
-    block_d: int
-    block_dv: int
-    num_warps: int
-    num_stages: int
-    partial_stages: int = 1
-    tma: bool = False
-    break_even: float = 0.0
-    rest_rows: int = 4
-
-    def __str__(self) -> str:
-        return (
-            f"shared R{self.rows} BT{self.block_t} BD{self.block_d} BDV{self.block_dv} w{self.num_warps} "
-            f"s{self.num_stages}+{self.partial_stages}{' tma' if self.tma else ''} x{self.break_even:g}"
-        )
-
-    def queries(self, H: int) -> int:
-        """Return the queries of a query tile."""
-        return max(1, self.rows // next_power_of_2(H))
+from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, SharedLaunch, choose
 
 
 class Index(NamedTuple):
@@ -75,40 +33,6 @@ class Index(NamedTuple):
     rest: Tensor
     n_rest: Tensor
     capacity: int
-
-
-def shared_bytes(launch: SharedLaunch, D: int, Dv: int, element_bytes: int) -> int:
-    """Estimate a program's shared memory in bytes: tiles in flight, q, and the exchange of weights and result."""
-    k_columns, v_columns = padded_width(D, launch.block_d), padded_width(Dv, launch.block_dv)
-    tiles = max(launch.num_stages - (0 if launch.tma else 1), 1) * (k_columns + v_columns) * launch.block_t
-    return (tiles + launch.rows * k_columns) * element_bytes + launch.rows * launch.block_t * 4
-
-
-def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
-    """Choose the launch of a call of S queries per sequence on a GPU of BREAK_EVEN; None: row by row is better."""
-    break_even = BREAK_EVEN[gpu.name]
-    if not call.shared_kv or call.element_bytes != 2 or S_kv > MAX_TMA_ROWS:
-        return None
-    if call.n_spans > MAX_SHARED_SPANS or call.max_len < SHORTEST_SPANS * call.n_spans:
-        return None
-    launch = default(call, gpu, break_even)
-    TQ = launch.queries(call.H)
-    certain = TQ * call.max_len >= 2 * break_even * S_kv  # they share so much whatever they select
-    query_tiles = call.N // S * -(-S // TQ)
-    if query_tiles < 2 * gpu.sm_count or call.N * call.max_len < (CERTAIN_WORK if certain else UNCERTAIN_WORK):
-        return None
-    return launch if shared_bytes(launch, call.D, call.Dv, 2) <= gpu.shared_bytes else None
-
-
-def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
-    """Return a launch of 64 rows and KV tiles of 64, with as many stages as shared memory holds."""
-    tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
-    launch = SharedLaunch(64, 64, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 1, tma, break_even)
-    if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
-        launch = replace(launch, rows=32, block_t=32, num_warps=8, num_stages=1)
-    while launch.num_stages > 1 and shared_bytes(launch, call.D, call.Dv, call.element_bytes) > gpu.shared_bytes:
-        launch = replace(launch, num_stages=launch.num_stages - 1)
-    return launch
 
 
 def plan_for(
@@ -147,8 +71,10 @@ class SharedPlan(Plan):
         shared: SharedLaunch,
         row: LaunchConfig | None = None,
     ) -> None:
-        row = row or launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len)
-        super().__init__(q, k, v, ranges, scale, min_len, max_len, replace(row, splits=1, cluster=1))
+        if row is None:  # the loop over rows takes more registers than a row, and shared memory is what is scarce
+            row = replace(launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len), max_registers=0)
+        row = replace(row, splits=1, cluster=1)
+        super().__init__(q, k, v, ranges, scale, min_len, max_len, row)
         self.shared = shared
         if problem := self._shared_problem(q, k, v, scale):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
@@ -160,31 +86,15 @@ class SharedPlan(Plan):
         self.rest_grid = (max(1, B * S * G // shared.rest_rows),)
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
         self.most_listed = TQ * (max_len // shared.block_t + 2 * n_spans) if max_len is not None else None
-        spans = max(1, min(next_power_of_2(n_spans), 1024 * shared.num_warps // (TQ * shared.block_t)))
-        self.shared_constants = {
-            "TQ": TQ,
-            "HEADS": next_power_of_2(H),
-            "BLOCK_D": shared.block_d,
-            "BLOCK_DV": shared.block_dv,
-            "BLOCK_T": shared.block_t,
-            "TMA": shared.tma,
-            "SPANS": spans,
-            "PARTIAL_STAGES": shared.partial_stages,
-        }
+        self.shared_constants = shared.constants(H, n_spans)
 
     def _shared_problem(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
         """Say what is expected in place of a launch, or a scale, that cannot run; None if it can."""
-        shared = self.shared
         if scale is not None and not scale > 0:
             return f"a positive scale, which is {scale}"
-        if shared.rows // next_power_of_2(q.shape[3]) > 64 or shared.queries(q.shape[3]) * q.shape[3] > shared.rows:
-            return "rows for a query and at most 64 of them"
-        if shared.tma and not (gpu_of(q.device).has_tma and tma_fits(k, v)):
+        if self.shared.tma and not (gpu_of(q.device).has_tma and tma_fits(k, v)):
             return "a launch that does without TMA descriptors"
-        loop = LaunchConfig(
-            "whole", shared.block_t, shared.block_d, shared.block_dv, shared.num_warps, shared.num_stages
-        )
-        return loop.problem(q.shape[4], v.shape[3])
+        return self.shared.problem(q.shape[3], q.shape[4], v.shape[3])
 
     def capacity(self, S_kv: int) -> int:
         """Return the places of a query tile's list for this S_kv; 0 where the index would be too large."""
@@ -249,15 +159,14 @@ class SharedPlan(Plan):
 
     def cover_arguments(self, ranges: Tensor, S_kv: int, index: Index) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_cover` in order, and its options."""
-        words = min(next_power_of_2(-(-S_kv // (32 * self.shared.block_t))), max(1, 128 // self.TQ))
-        unroll = min(next_power_of_2(ranges.shape[3]), 8)
+        constants = self.shared.cover_constants(self.out_shape[3], ranges.shape[3], S_kv)
         values = {
             **self.values,
             **{"S_kv": S_kv, "capacity": index.capacity, "break_even": self.shared.break_even},
-            **{"TQ": self.TQ, "BLOCK_T": self.shared.block_t, "WORDS": words, "UNROLL": unroll},
+            **constants,
         }
         in_order = [values[name] for name in _cover.arg_names[len(COVER_TENSORS) :]]
-        return [ranges, *index[:5], *in_order], {"num_warps": 1 if self.TQ * words <= 32 else 4}
+        return [ranges, *index[:5], *in_order], {"num_warps": 1 if self.TQ * constants["WORDS"] <= 32 else 4}
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index

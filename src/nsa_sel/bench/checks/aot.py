@@ -15,10 +15,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -85,9 +86,29 @@ def _source(variant: Variant) -> tuple:
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
+    kernel, arguments, options = _called(variant)
+    signature, constants, attributes = {}, {}, {}
+    for param, value in zip(kernel.params, arguments, strict=True):
+        if param.is_constexpr or value is None:
+            signature[param.name] = "constexpr"
+            constants[(param.num,)] = value
+        elif param.annotation_type:
+            signature[param.name] = param.annotation_type
+        else:
+            signature[param.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) and variant.tensors != "odd strides":
+                attributes[(param.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
+    """Return the kernel, the arguments that the launcher passes, on tensors without memory, and the options."""
+    from ...kernel.coverage import _cover
     from ...kernel.device import descriptor
     from ...kernel.forward import _sel_fwd
     from ...kernel.launch import Plan
+    from ...kernel.shared import _sel_rest, _sel_shared
+    from ...kernel.shared_launch import SharedPlan
 
     H, D, Dv, config, tensors = variant.H, variant.D, variant.Dv, variant.config, variant.tensors
     dtype = TORCH_DTYPES[variant.dtype]
@@ -102,6 +123,14 @@ def _source(variant: Variant) -> tuple:
     q, k, v = q[..., :D], k[..., :D].transpose(1, 2), v[..., :Dv].transpose(1, 2)
     ranges = tensor(1, 2, G, variant.n_spans, 2, dtype=torch.int64 if tensors == "int64 ranges" else torch.int32)
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
+    if variant.shared is not None:
+        sharing = SharedPlan(q, k, v, ranges, None, None, None, variant.shared, config)
+        index = sharing.index(S_kv, 1)
+        if variant.kernel == "_cover":
+            return _cover, *sharing.cover_arguments(ranges, S_kv, index)
+        if variant.kernel == "_sel_rest":
+            return _sel_rest, sharing.rest_arguments(q, k, v, ranges, tensor(1), lse, index), sharing.options
+        return _sel_shared, *sharing.shared_arguments(q, k, v, ranges, tensor(1), lse, index)
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
@@ -113,19 +142,7 @@ def _source(variant: Variant) -> tuple:
             descriptor(x, rows, n, [config.block_l, w]) for x, n, w in zip((k, v), columns, widths, strict=True)
         ]
     arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
-
-    signature, constants, attributes = {}, {}, {}
-    for param, value in zip(_sel_fwd.params, arguments, strict=True):
-        if param.is_constexpr or value is None:
-            signature[param.name] = "constexpr"
-            constants[(param.num,)] = value
-        elif param.annotation_type:
-            signature[param.name] = param.annotation_type
-        else:
-            signature[param.name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) and not odd:
-                attributes[(param.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(_sel_fwd, signature, constants, attributes), plan.options
+    return _sel_fwd, arguments, plan.options
 
 
 def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:
