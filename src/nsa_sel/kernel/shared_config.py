@@ -94,7 +94,7 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
         return None
     launch = default(call, gpu, break_even)
     TQ = launch.queries(call.H)
-    certain = TQ * call.max_len >= 2 * launch.break_even * S_kv  # they share so much whatever they select
+    certain = TQ * call.max_len >= launch.break_even * S_kv  # long rows share so much, whatever they select
     query_tiles = call.N // S * -(-S // TQ)
     if launch.break_even > TQ or query_tiles < 2 * gpu.sm_count:
         return None

@@ -53,8 +53,9 @@ SHARED_SAMPLE = (
     Call(65_536, 16, 128, 128, 16, 1024, shared_kv=True),
     Call(65_536, 4, 128, 128, 16, 1024, shared_kv=True),
     Call(65_536, 1, 64, 64, 8, 1024, shared_kv=True),
-    Call(65_536, 6, 80, 48, 64, 4096, shared_kv=True),
+    Call(65_536, 64, 256, 256, 8, 1024, shared_kv=True),
     Call(65_536, 16, 192, 128, 16, 1024, shared_kv=True),
+    Call(65_536, 6, 80, 48, 64, 4096, shared_kv=True),
 )
 SHARED_KERNELS = ("_sel_shared", "_cover", "_sel_rest")
 
@@ -127,7 +128,7 @@ def sample() -> list[Variant]:
             variants.append(chosen(arch, "fp16", shape, gpu, TENSORS[(i + turn) % len(TENSORS)]))
         variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu))
         for kernel in SHARED_KERNELS:
-            variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn % len(SHARED_SAMPLE)], gpu, kernel))
+            variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
         variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
     return list(dict.fromkeys(variants))
 
