@@ -16,7 +16,8 @@ from nsa_sel import dispatch, reference
 from nsa_sel.bench.suite.cases import prefill_case
 from nsa_sel.kernel import launch, shared_config, shared_launch
 from nsa_sel.kernel.coverage import PARTIAL_COST
-from nsa_sel.kernel.launch_config import chunk_width
+from nsa_sel.kernel.kv import lie_of
+from nsa_sel.kernel.launch_config import LaunchConfig, chunk_width
 from nsa_sel.kernel.shared_config import SharedLaunch
 from nsa_sel.kernel.shared_launch import Index, SharedPlan
 
@@ -55,17 +56,18 @@ def shared(case: Case, **change) -> SharedLaunch:
 
 def planned(case: Case, launch: SharedLaunch, max_len: int | None = None) -> tuple[SharedPlan, tuple[Tensor, ...]]:
     q, k, v, ranges = inputs = tensors(case)
-    return SharedPlan(q, k, v, ranges, case.scale, None, max_len, launch, case.launch), inputs
+    row = LaunchConfig("tma", BLOCK, launch.block_d, launch.block_dv, 4, 2) if launch.tma else None
+    return SharedPlan(q, k, v, ranges, case.scale, None, max_len, launch, row), inputs
 
 
 def steps(plan: SharedPlan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Index]:
     """Run the three kernels one by one: the result, which begins as NaN, and the index, with what shared after all."""
-    index = plan.index(k.shape[2], plan.capacity(k.shape[2]))
+    index, placed = plan.index(plan.capacity(k.shape[2])), plan.places.last
     out = torch.full(plan.out_shape, float("nan"), dtype=q.dtype, device=q.device)
     plan.cover(ranges, k.shape[2], index)
-    plan.attend(q, k, v, ranges, out, None, index)
-    plan.attend_rest(q, k, v, ranges, out, None, index)
-    launch._launches += 3
+    plan.attend((q, k, v, ranges, out, None), placed, index)
+    plan.attend_rest((q, k, v, ranges, out, None), placed, index)
+    launch.count_launches(3)
     return out, index
 
 
@@ -111,7 +113,7 @@ def check_index(ranges: Tensor, S_kv: int, H: int, break_even: float = 0.0) -> l
     """Compare the index with plain Python; return which query tiles share."""
     case = Case(ranges, S_kv, H=H, D=16, Dv=16)
     plan, (q, k, v, on_device) = planned(case, shared(case, break_even=break_even))
-    index = plan.index(S_kv, plan.capacity(S_kv))
+    index = plan.index(plan.capacity(S_kv))
     plan.cover(on_device, S_kv, index)
     places, shares = index.capacity, []
     for i, (whole, partial, visits) in enumerate(plain_index(ranges, S_kv, plan.TQ, plan.shared.block_t)):
@@ -190,10 +192,12 @@ def test_triton_sel_parity_of_shared_tiles_of_every_shape(dtype, H, D, Dv):
 
 
 @pytest.mark.skipif(not has_tma(), reason="TMA descriptors need Triton 3.4 and compute capability 9.0")
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_triton_sel_parity_of_shared_tiles_by_tma(dtype):
-    case = Case(MIXED.repeat(1, 1, 2, 1, 1), MIXED_S_KV, dtype=dtype, H=4, D=64, Dv=48)
-    check_shared(case, shared(case, tma=True, partial_stages=2))
+@pytest.mark.parametrize("view", ("plain", "permuted", "every_second"))  # groups side by side; with others between
+def test_triton_sel_parity_of_shared_tiles_by_tma(view):
+    case = Case(MIXED.repeat(1, 1, 2, 1, 1), MIXED_S_KV, H=4, D=64, Dv=48, view=view)
+    plan, _ = planned(case, config := shared(case, tma=True, partial_stages=2))
+    assert (plan.values["VIEW"], plan.values["COLUMNS"]) == (view != "plain", view == "permuted")
+    check_shared(case, config)
 
 
 @pytest.mark.parametrize("view", ("permuted", "odd", "every_second"))
@@ -287,8 +291,8 @@ def test_triton_sel_parity_of_shared_tiles_of_a_context_that_grows():
     plan, (q, k, v, ranges) = planned(case, shared(case), 200)
     for S_kv in (MIXED_S_KV, MIXED_S_KV - 20, 3):
         shorter = k[:, :, :S_kv], v[:, :, :S_kv]
-        assert plan.serves((shorter[0].shape, shorter[1].shape))
-        out = plan.run(q, *shorter, ranges)
+        assert (placed := plan.places.find(lie_of(*shorter))) is not None
+        out = plan.run(q, *shorter, ranges, placed=placed)
         torch.testing.assert_close(out.double(), reference.oracle(q, *shorter, ranges).double(), rtol=2e-2, atol=2e-2)
 
 

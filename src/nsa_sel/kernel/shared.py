@@ -73,7 +73,7 @@ def each_bit(words, BITS: tl.constexpr):
 
 @triton.jit
 def attend_shared(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, chosen, bias,
+    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v, chosen, bias,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
     TMA: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def attend_shared(
     often its query selects it, `bias`, -inf for never.
     """
     every_token = tl.arange(0, BLOCK_T) < BLOCK_T
-    s = scores(q0, q1, q2, q3, k, at_k, every_token, D, BLOCK_D, TMA, False)
+    s = scores(q0, q1, q2, q3, k, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
     if PARTIAL:
         s = tl.where(bias == float("-inf"), float("-inf"), s * scale_log2 + bias)
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -98,17 +98,17 @@ def attend_shared(
         shift = tl.where(chosen, shift, float("inf"))
         p = tl.exp2(s * scale_log2 - shift[:, None])
     l_i = l_i * alpha + tl.sum(p, 1)
-    v0 = load_tile(v, at_v, every_token, 0, DV, BLOCK_DV, TMA, False, False)
+    v0 = load_tile(v, at_v, col_v, every_token, 0, DV, BLOCK_DV, TMA, False, False)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
-        v1 = load_tile(v, at_v, every_token, 1, DV, BLOCK_DV, TMA, False, False)
+        v1 = load_tile(v, at_v, col_v, every_token, 1, DV, BLOCK_DV, TMA, False, False)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, at_v, every_token, 2, DV, BLOCK_DV, TMA, False, False)
+        v2 = load_tile(v, at_v, col_v, every_token, 2, DV, BLOCK_DV, TMA, False, False)
         acc2 = dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, at_v, every_token, 3, DV, BLOCK_DV, TMA, False, False)
+        v3 = load_tile(v, at_v, col_v, every_token, 3, DV, BLOCK_DV, TMA, False, False)
         acc3 = dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i
 
@@ -123,13 +123,14 @@ def _sel_shared(
     stride_vb, stride_vg, stride_vt,
     stride_rb, stride_rs, stride_rg, stride_rn,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
-    TQ: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
-    TMA: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
+    UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute query tile (b, s // TQ, g), if it shares: program (b · query tiles + s // TQ, g).
 
-    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE and VIEW
-    as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
+    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
+    and COLUMNS as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
 
     What only some queries select must not reach the others, and a weight of zero does not keep NaN or an infinity out.
     But then, and only then, can the product of a row that selects none of those be NaN, and what is NaN once stays it.
@@ -172,9 +173,17 @@ def _sel_shared(
     offs_t = tl.arange(0, BLOCK_T)
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * (stride_kt.to(tl.int64) * UNIT if VIEW else UNIT)
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
+    col_k = None
+    col_v = None
+    if COLUMNS:
+        k_row = k_ptr + (b * stride_kb * stride_kt + g * stride_kg) * UNIT
+        col_k = (g * stride_kg * UNIT).to(tl.int32)
+        col_v = (g * stride_vg * UNIT).to(tl.int32)
     step_k = stride_kt.to(tl.int64 if WIDE else tl.int32) * UNIT
     step_v = stride_vt.to(tl.int64 if WIDE else tl.int32) * UNIT
     desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
+    if COLUMNS:
+        desc_row = (b * stride_kb).to(tl.int32)
     tiles_at = tiles_ptr + query_tile * capacity
     who_at = who_ptr + query_tile * capacity
     tile = tl.load(tiles_at)
@@ -189,7 +198,7 @@ def _sel_shared(
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, chosen, None,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, False,
         )  # fmt: skip
         tile = next_tile
@@ -211,7 +220,7 @@ def _sel_shared(
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, None, bias,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, bias,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, True,
         )  # fmt: skip
 
@@ -250,7 +259,7 @@ def _sel_rest(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOAD: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, TQ: tl.constexpr,
 ):  # fmt: skip
     """Compute the rows of the query tiles in rest_ptr: program i takes row i, i + programs and so on.
@@ -275,5 +284,5 @@ def _sel_rest(
                 stride_vb, stride_vg, stride_vt,
                 stride_rb, stride_rs, stride_rg, stride_rn,
                 H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
-                LOAD, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+                LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
             )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .call import Call, Gpu
-from .device import MAX_TMA_ROWS
+from .kv import MAX_TMA_ROWS
 from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
 
 # By GPU: from how many visits per KV tile on a query tile of 64 rows shares, with up to 16 heads; a visit of more heads

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from ..errors import kernel_failed
-from . import launch as launches
 from .coverage import COVER_TENSORS, _cover
-from .device import INTERPRETED, MAX_TMA_ROWS, bind_context, call_of, descriptor, gpu_of, tma_fits
-from .launch import Plan, launch_for
+from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of
+from .forward import TENSOR_ARGS, _sel_fwd
+from .kv import MAX_TMA_ROWS, Placed
+from .launch import Plan, count_launches, launch_for
 from .launch_config import LaunchConfig
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
 from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, SharedLaunch, choose
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, ranges, out, lse
 
 
 class Index(NamedTuple):
@@ -49,8 +52,11 @@ def plan_for(
     gpu = gpu_of(q.device)
     if launch is None and gpu.name in BREAK_EVEN and (scale is None or scale > 0) and q.numel():
         launch = choose(call_of(q, k, v, ranges, min_len=min_len, max_len=max_len), gpu, q.shape[1], k.shape[2])
-        if launch is not None and launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len).splits > 1:
+        row = launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len)
+        if launch is not None and row.splits > 1:
             launch = None  # so few rows leave multiprocessors idle
+        if launch is not None and row.load != "tma":
+            launch = replace(launch, tma=False)
     if launch is None:
         return Plan(q, k, v, ranges, scale, min_len, max_len)
     return SharedPlan(q, k, v, ranges, scale, min_len, max_len, launch)
@@ -76,7 +82,7 @@ class SharedPlan(Plan):
         row = replace(row, splits=1, cluster=1)
         super().__init__(q, k, v, ranges, scale, min_len, max_len, row)
         self.shared = shared
-        if problem := self._shared_problem(q, k, v, scale):
+        if problem := self._shared_problem(q, v, scale):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
         B, S, G, H, _ = q.shape
         n_spans = ranges.shape[3]
@@ -88,12 +94,12 @@ class SharedPlan(Plan):
         self.most_listed = TQ * (max_len // shared.block_t + 2 * n_spans) if max_len is not None else None
         self.shared_constants = shared.constants(H, n_spans)
 
-    def _shared_problem(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
+    def _shared_problem(self, q: Tensor, v: Tensor, scale: float | None) -> str | None:
         """Say what is expected in place of a launch, or a scale, that cannot run; None if it can."""
         if scale is not None and not scale > 0:
             return f"a positive scale, which is {scale}"
-        if self.shared.tma and not (gpu_of(q.device).has_tma and tma_fits(k, v)):
-            return "a launch that does without TMA descriptors"
+        if self.shared.tma and not self.tma:
+            return "a launch without TMA descriptors, as that of the rows is"
         return self.shared.problem(q.shape[3], q.shape[4], v.shape[3])
 
     def capacity(self, S_kv: int) -> int:
@@ -116,32 +122,33 @@ class SharedPlan(Plan):
         ranges: Tensor,
         out: Tensor | None = None,
         lse: Tensor | None = None,
-        S_kv: int | None = None,
+        placed: Placed | None = None,
     ) -> Tensor:
         """Launch, and return the result. Arguments and errors as of `Plan.run`."""
         if not INTERPRETED and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.run(q, k, v, ranges, out, lse, S_kv)
+                return self.run(q, k, v, ranges, out, lse, placed)
+        placed = placed or self.places.last
         aligned = not any(x.data_ptr() & 15 for x in (q, k, v, ranges))
         capacity = self.capacity(k.shape[2])
         if 0 in self.out_shape or not 0 < k.shape[2] <= MAX_TMA_ROWS or not capacity or not aligned:
-            return super().run(q, k, v, ranges, out, lse, S_kv)
+            return super().run(q, k, v, ranges, out, lse, placed)
         if out is None:
             out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
         bind_context()
-        index = self.index(k.shape[2], capacity)
+        tensors, index = (q, k, v, ranges, out, lse), self.index(capacity)
         try:
             self.cover(ranges, k.shape[2], index)
-            self.attend(q, k, v, ranges, out, lse, index)
-            self.attend_rest(q, k, v, ranges, out, lse, index)
+            self.attend(tensors, placed, index)
+            self.attend_rest(tensors, placed, index)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
             raise kernel_failed(self.shared, error) from error
-        launches._launches += 3
+        count_launches(3)
         return out
 
-    def index(self, S_kv: int, capacity: int) -> Index:
+    def index(self, capacity: int) -> Index:
         """Return room for the coverage index."""
 
         def room(n: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -157,51 +164,45 @@ class SharedPlan(Plan):
         arguments, options = self.cover_arguments(ranges, S_kv, index)
         _cover[self.shared_grid](*arguments, **options)
 
+    def attend(self, tensors: Tensors, placed: Placed, index: Index) -> None:
+        """Compute the query tiles that share."""
+        arguments, options = self.shared_arguments(tensors, placed, index)
+        _sel_shared[self.shared_grid](*arguments, **options)
+
+    def attend_rest(self, tensors: Tensors, placed: Placed, index: Index) -> None:
+        """Compute the rows of the other query tiles."""
+        _sel_rest[self.rest_grid](*self.rest_arguments(tensors, placed, index), **self.options)
+
     def cover_arguments(self, ranges: Tensor, S_kv: int, index: Index) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_cover` in order, and its options."""
         constants = self.shared.cover_constants(self.out_shape[3], ranges.shape[3], S_kv)
-        values = {
-            **self.values,
-            **{"S_kv": S_kv, "capacity": index.capacity, "break_even": self.shared.break_even},
-            **constants,
-        }
+        others = {"S_kv": S_kv, "capacity": index.capacity, "break_even": self.shared.break_even}
+        values = self.values | others | constants
         in_order = [values[name] for name in _cover.arg_names[len(COVER_TENSORS) :]]
         return [ranges, *index[:5], *in_order], {"num_warps": 1 if self.TQ * constants["WORDS"] <= 32 else 4}
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
-    ) -> None:
-        """Compute the query tiles that share."""
-        arguments, options = self.shared_arguments(q, k, v, ranges, out, lse, index)
-        _sel_shared[self.shared_grid](*arguments, **options)
-
-    def shared_arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
-    ) -> tuple[list[Any], dict[str, int]]:
+    def shared_arguments(self, tensors: Tensors, placed: Placed, index: Index) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_sel_shared` in order, and its options."""
         shared = self.shared
-        descriptors = [None, None]
-        if shared.tma:
-            widths = (k, shared.block_d), (v, shared.block_dv)
-            descriptors = [descriptor(x, shared.block_t, width) for x, width in widths]
-        values = self.values | {"S_kv": k.shape[2], "capacity": index.capacity} | self.shared_constants
+        descriptors = self._descriptors(tensors, placed, shared.block_t, shared.block_d, shared.block_dv, shared.tma)
+        values = dict(zip(_sel_fwd.arg_names[len(TENSOR_ARGS) :], placed.arguments, strict=True))
+        values |= {"capacity": index.capacity} | self.shared_constants
         in_order = [values[name] for name in _sel_shared.arg_names[len(SHARED_TENSORS) :]]
         options = {"num_warps": shared.num_warps, "num_stages": shared.num_stages}
-        return [q, k, v, ranges, out, lse, *index[:5], *descriptors, *in_order], options
+        return [*tensors, *index[:5], *descriptors, *in_order], options
 
-    def attend_rest(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
-    ) -> None:
-        """Compute the rows of the other query tiles."""
-        _sel_rest[self.rest_grid](*self.rest_arguments(q, k, v, ranges, out, lse, index), **self.options)
-
-    def rest_arguments(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, out: Tensor, lse: Tensor | None, index: Index
-    ) -> list[Any]:
+    def rest_arguments(self, tensors: Tensors, placed: Placed, index: Index) -> list[Any]:
         """Return the arguments of `_sel_rest` in order; its options are those of the rows' plan."""
-        descriptors = [None, None]
-        if self.tma:
-            widths = (k, self.config.block_d), (v, self.config.block_dv)
-            descriptors = [descriptor(x, self.config.block_l, width) for x, width in widths]
-        in_order = self.in_order(k.shape[2])
-        return [q, k, v, ranges, out, lse, index.rest, index.n_rest, *descriptors, *in_order, self.TQ]
+        row = self.config
+        descriptors = self._descriptors(tensors, placed, row.block_l, row.block_d, row.block_dv, self.tma)
+        return [*tensors, index.rest, index.n_rest, *descriptors, *placed.arguments, self.TQ]
+
+    @staticmethod
+    def _descriptors(
+        tensors: Tensors, placed: Placed, tokens: int, block_d: int, block_dv: int, tma: bool
+    ) -> tuple[Any, Any]:
+        """Return the descriptors of K and V for tiles of so many tokens; None without TMA."""
+        if not tma:
+            return None, None
+        (_, k, v, *_), (of_k, of_v) = tensors, placed.columns
+        return descriptor(k, placed.rows, of_k, [tokens, block_d]), descriptor(v, placed.rows, of_v, [tokens, block_dv])

@@ -125,12 +125,13 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
     if variant.shared is not None:
         sharing = SharedPlan(q, k, v, ranges, None, None, None, variant.shared, config)
-        index = sharing.index(S_kv, 1)
+        index, placed = sharing.index(1), sharing.places.last
+        given = (q, k, v, ranges, tensor(1), lse)
         if variant.kernel == "_cover":
             return _cover, *sharing.cover_arguments(ranges, S_kv, index)
         if variant.kernel == "_sel_rest":
-            return _sel_rest, sharing.rest_arguments(q, k, v, ranges, tensor(1), lse, index), sharing.options
-        return _sel_shared, *sharing.shared_arguments(q, k, v, ranges, tensor(1), lse, index)
+            return _sel_rest, sharing.rest_arguments(given, placed, index), sharing.options
+        return _sel_shared, *sharing.shared_arguments(given, placed, index)
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)

@@ -101,6 +101,7 @@ def sharing(
     of_rows = chosen(arch, dtype, shape, gpu, tensors)
     call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
     launch = shared_config.default(call, gpu, 2.0)
+    launch = replace(launch, tma=launch.tma and of_rows.config.load == "tma")
     config = replace(of_rows.config, splits=1, cluster=1, max_registers=0)
     return replace(of_rows, config=config, kernel=kernel, shared=launch, in_matrix=False)
 
