@@ -66,8 +66,7 @@ def build(variant: Variant) -> Build:
             source, options = _source(variant)
             compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
         except Exception as error:  # whatever the compiler raises is the result
-            message = f"{type(error).__name__}: {error}"
-            return Build(variant, time.perf_counter() - start, message)
+            return Build(variant, time.perf_counter() - start, _with_causes(error))
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     if registers is None or spills is None:
@@ -79,6 +78,12 @@ def build(variant: Variant) -> Build:
         spill_bytes=int(spills[1]) + int(spills[2]),
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def _with_causes(error: BaseException) -> str:
+    """Say what an error is and what caused it: of a fault in a function that a kernel calls, Triton names the call."""
+    said = f"{type(error).__name__}: {error}"
+    return said if error.__cause__ is None else f"{said}\n{_with_causes(error.__cause__)}"
 
 
 def _source(variant: Variant) -> tuple:
