@@ -18,7 +18,7 @@ from ..errors import kernel_failed
 from .coverage import COVER_TENSORS, _cover
 from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
-from .kv import MAX_TMA_ROWS, Placed
+from .kv import MAX_TMA_ROWS, Placed, lie_of
 from .launch import Plan, count_launches, launch_for
 from .launch_config import LaunchConfig
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
@@ -128,10 +128,10 @@ class SharedPlan(Plan):
         if not INTERPRETED and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, ranges, out, lse, placed)
-        placed = placed or self.places.last
+        placed = placed or self.places.find(lie_of(k, v))
         aligned = not any(x.data_ptr() & 15 for x in (q, k, v, ranges))
         capacity = self.capacity(k.shape[2])
-        if 0 in self.out_shape or not 0 < k.shape[2] <= MAX_TMA_ROWS or not capacity or not aligned:
+        if placed is None or 0 in self.out_shape or not 0 < k.shape[2] <= MAX_TMA_ROWS or not capacity or not aligned:
             return super().run(q, k, v, ranges, out, lse, placed)
         if out is None:
             out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
