@@ -191,6 +191,7 @@ def _one_line(cell: str) -> str:
 
 def _parser() -> Parser:
     parser = Parser(
+        prog="python bench/bench_sel_triton.py",
         description=__doc__,
         examples="""
             bench_sel_triton.py                                  the default shape

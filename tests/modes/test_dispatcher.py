@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa_sel
-from nsa_sel import UnsupportedError
+from nsa_sel import UnsupportedError, dispatch
 
 NAMES = ("q", "k", "v", "ranges")
 
@@ -239,6 +239,17 @@ def test_make_fx_records_gradients(backend, hints, tracing_mode):
     want = torch.autograd.grad(plain(*leaves, ranges).sin().sum(), leaves)
     for got, exact in zip(trace(*leaves, ranges)(*leaves, ranges), want, strict=True):
         torch.testing.assert_close(got, exact, atol=1e-5, rtol=0)
+
+
+def test_where_a_gradient_is_needed_no_earlier_failure_is_looked_up(monkeypatch):
+    """On a GPU, too: symbolic sizes, by which it would be, have no hash."""
+    monkeypatch.setattr(dispatch, "_unsupported", lambda *tensors: None)
+    monkeypatch.setattr(dispatch, "_kind", lambda q, v: {}[q])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    with FakeTensorMode():
+        q, k, v, ranges = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs())
+        config = nsa_sel.SelConfig.load(env={})
+        assert dispatch.route(q.requires_grad_(), k, v, ranges, "auto", config, L).backend == "packed_sdpa"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

@@ -34,6 +34,7 @@ MARKERS = """
     sanitizer: a quick parity test that also runs under compute-sanitizer
     contract(what="any"): what every kernel must meet, --sel-kernel's too; "spans": no blocks can express the cases
     public: calls the kernel through nsa_sel.selection_attention
+    costs(seconds): what a test takes, if much more than others: by this tests are dealt to ranks
 """
 _DESELECTED = pytest.StashKey[list[str]]()
 

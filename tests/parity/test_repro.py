@@ -17,6 +17,7 @@ from .parity_case import DEVICE, Case, check, rows
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(rows([(0, 20)], [(3, 9), (12, 40)], [(1, 8)]), 40, seed=5)
+pytestmark = pytest.mark.costs(6)  # starts Python anew
 
 # Planted in this process and, before the repro, in the other one: the last token of every span longer than 25 is lost.
 FAULT = """

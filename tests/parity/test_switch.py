@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 ONE_TEST = "tests/parity/test_layouts.py::test_triton_sel_parity_without_length_hints"
 NO_KERNEL = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU means real kernels")
+pytestmark = pytest.mark.costs(6)  # starts Python anew
 
 
 def run(environment: dict[str, str], *options: str, test: str = ONE_TEST) -> str:

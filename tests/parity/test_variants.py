@@ -21,6 +21,7 @@ RANGES = rows(
     [(299, 300)],
 )
 S_KV = 300
+pytestmark = pytest.mark.costs(4)
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Generator
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from nsa_sel.bench.tune.log import Progress
 __all__ = ["pytest_benchmark_group_stats"]
 
 BENCH = pytest.StashKey[Session]()
-PROGRESS = pytest.StashKey[Progress]()
+REPORTED = pytest.StashKey["Reported"]()
+NOT_TIMED = "not timed"  # the name of a report's property
 INEXPRESSIBLE = pytest.StashKey[Counter[UserKernel]]()  # timings left out because a kernel's blocks cannot say the case
 
 
@@ -36,7 +38,7 @@ INEXPRESSIBLE = pytest.StashKey[Counter[UserKernel]]()  # timings left out becau
 def bench(request: pytest.FixtureRequest) -> Session:
     """Compile the run's kernels, then calibrate the instrument, without which nothing can be timed."""
     config = request.config
-    progress = config.stash.get(PROGRESS, Progress(io.StringIO()))
+    progress = config.stash[REPORTED].progress
     if torch.cuda.is_available():
         with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
             said = _compiled(request.session, progress)
@@ -44,7 +46,7 @@ def bench(request: pytest.FixtureRequest) -> Session:
     try:
         given = {kernel.name: kernel for kernel in kernels_of(config)}
         made = config.stash[BENCH] = Session(plant=config.getoption("sel_plant"), kernels=given)
-        progress.start("benchmarks", sum(map(_takes_time, request.session.items)))
+        progress.start("benchmarks", len(config.stash[REPORTED].timed))
         return made
     except Exception as error:
         pytest.exit(f"the instrument cannot be calibrated: {''.join(traceback.format_exception(error))}", returncode=1)
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     known, left_out = cases_of(config), []
     counts = config.stash[INEXPRESSIBLE] = Counter()
     for item in filter(_is_timed, items):
-        case_id, method = (item.callspec.params[name] for name in ("case_id", "method"))
+        case_id, method = _key(item)
         kernel = given.get(kernel_of(method))
         if kernel is not None and not kernel.expressible(known[case_id], method):
             left_out.append(item)
@@ -70,36 +72,70 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gone]
 
 
+@pytest.hookimpl(trylast=True)  # after --sel-resume has found what is measured
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Show the time left, unless there is a line per test anyway (-v) or a worker of xdist runs them."""
-    if session.config.get_verbosity() <= 0 and not hasattr(session.config, "workerinput"):
-        progress = session.config.stash[PROGRESS] = Progress(sys.stdout)  # nothing is captured here
-        progress.start("benchmarks", sum(map(_takes_time, session.items)))
+    """Show the time left, unless there is a line per test anyway (-v) or this process is one of many that run them."""
+    config = session.config
+    shown = config.get_verbosity() <= 0 and not hasattr(config, "workerinput")
+    reported = config.stash[REPORTED] = Reported(session.items, sys.stdout if shown else None)
+    config.pluginmanager.register(reported)
+
+
+class Reported:
+    """Follow the reports of the benchmarks, another process's too. out: where the time left is shown."""
+
+    def __init__(self, items: list[pytest.Item], out: TextIO | None) -> None:
+        self.shown = out is not None
+        self.progress = Progress(out or io.StringIO())
+        self.timed = {item.nodeid: _key(item) for item in items if _takes_time(item)}
+        self.progress.start("benchmarks", len(self.timed))
+        self._why: dict[tuple[str, str], str] = {}
+
+    @property
+    def not_timed(self) -> dict[tuple[str, str], str]:
+        """Return why a (case, method) has no time, in the order of measuring."""
+        return {key: self._why[key] for key in self.timed.values() if key in self._why}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == NOT_TIMED and report.when == "call":
+                case, method, why = value
+                self._why[case, method] = why
+        if report.when == "teardown" and report.nodeid in self.timed:
+            self.progress.step()
 
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """Leave out the letter of a benchmark that did not fail: the line with the time left takes its place."""
     timed = "benchmark" in getattr(report, "keywords", ())  # a module that cannot be collected has none
-    if PROGRESS in config.stash and timed and (report.skipped or report.passed):
+    if REPORTED in config.stash and config.stash[REPORTED].shown and timed and (report.skipped or report.passed):
         return report.outcome if report.skipped or report.when == "call" else "", "", ""
     return None
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
-    done = yield
-    if PROGRESS in item.config.stash and _takes_time(item):
-        item.config.stash[PROGRESS].step()
-    return done
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Let the report say why the method has no time."""
+    try:
+        return (yield)
+    finally:
+        if _is_timed(item) and BENCH in item.config.stash:
+            key = _key(item)
+            if why := item.config.stash[BENCH].not_timed.get(key):
+                item.user_properties.append((NOT_TIMED, [*key, why]))
 
 
 def _compiled(session: pytest.Session, progress: Progress) -> str:
-    asked = [item.callspec.params for item in session.items if isinstance(item, pytest.Function) and _is_timed(item)]
+    ranks = session.config.pluginmanager.get_plugin("nsa_sel.bench.ranks.plugin")  # None but under torchrun
+    items = session.items if ranks is None else ranks.every_item(session)
+    asked = [item.callspec.params for item in items if isinstance(item, pytest.Function) and _is_timed(item)]
     known = cases_of(session.config)
+    pairs = [(known[params["case_id"]], params["method"]) for params in asked]
     try:
         from nsa_sel.bench import precompile
 
-        return precompile.compile_kernels([(known[params["case_id"]], params["method"]) for params in asked], progress)
+        compile_part = functools.partial(precompile.compile_kernels, pairs, progress)
+        return compile_part() if ranks is None else ranks.compile_together(session.config, compile_part)
     except Exception as error:  # the run compiles what it needs, one kernel after another
         return f"kernels not compiled ahead: {type(error).__name__}: {error}"
 
@@ -108,15 +144,17 @@ def _is_timed(item: pytest.Item) -> bool:
     return hasattr(item, "callspec") and "case_id" in item.callspec.params
 
 
+def _key(item: pytest.Item) -> tuple[str, str]:
+    return item.callspec.params["case_id"], item.callspec.params["method"]
+
+
 def _resume(config: pytest.Config) -> Any:
     """Return the plugin that keeps runs. Imported here it would end `pytest-benchmark compare` with a warning."""
     return config.pluginmanager.get_plugin("nsa_sel.bench.resume.plugin")
 
 
 def _takes_time(item: pytest.Item) -> bool:
-    return _is_timed(item) and not _resume(item.config).holds(
-        item.config, *(item.callspec.params[name] for name in ("case_id", "method"))
-    )
+    return _is_timed(item) and not _resume(item.config).holds(item.config, *_key(item))
 
 
 def _say(config: pytest.Config, text: str) -> None:
@@ -134,7 +172,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def _not_timed(config: pytest.Config) -> dict[tuple[str, str], str]:
-    return config.stash[BENCH].not_timed if BENCH in config.stash else {}
+    return config.stash[REPORTED].not_timed if REPORTED in config.stash else {}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

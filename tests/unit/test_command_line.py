@@ -14,7 +14,7 @@ import saved_runs
 
 from nsa_sel.bench import cli, command_line
 from nsa_sel.bench.checks import aot, auto, cards, instrument, planning
-from nsa_sel.bench.suite import cases
+from nsa_sel.bench.suite import cases, random_cases
 
 ROOT = Path(__file__).parents[2]
 OF_PYTEST = ("parity", "bench")  # verbs that hand their arguments to pytest
@@ -228,7 +228,7 @@ def test_bash_completes_verbs_options_and_their_values(tmp_path, capsys):
 
     assert completed("nsa-sel", "comp") == {"compare", "completion"}
     assert completed("nsa-sel", "compare", "--ma") == {"--markdown"}
-    assert completed("nsa-sel", "bench", "--sel-matrix", "") == set(cases.MATRICES)
+    assert completed("nsa-sel", "bench", "--sel-matrix", "") == set(random_cases.MATRICES)
     assert "saved.json" in completed("nsa-sel", "report", "sav")
 
 

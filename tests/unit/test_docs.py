@@ -32,7 +32,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "PERFORMANCE.md", "PRD.md")] + DOCS
 BASELINES = [f".benchmarks/Linux-CPython-3.12-64bit-NVIDIA-H200/000{n}_baseline.json" for n in (1, 2)]
 README, COMPARING = ROOT / "README.md", ROOT / "docs/comparing.md"
-PROGRAMS = ("nsa-sel", "pytest", "pytest-benchmark", "make", "pip", "python", "python3", "git")
+PROGRAMS = ("nsa-sel", "pytest", "pytest-benchmark", "make", "pip", "python", "python3", "git", "torchrun")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 # Run as documented, but for what the second column adds or replaces: small cases, and runs that exist.
@@ -66,6 +66,7 @@ PARSED = {
     "make": "installs, or takes minutes; the target must exist",
     "pip": "needs a package index; the extras must exist",
     "git clone": "needs a network",
+    "torchrun": "wants a card for each process; tests/unit/test_ranks.py runs its three commands",
 }
 
 
@@ -134,6 +135,8 @@ def parse(words: list[str], config: pytest.Config) -> None:
         rest = rest[2:] if rest[:2] == ["-m", "pytest"] else rest[program == "nsa-sel" :]
         paths = parser_of_pytest(config).parse_args(rest).file_or_dir
         assert all((ROOT / path).exists() for path in paths), words
+    elif program == "torchrun" and rest:
+        parse(["python", *rest[rest.index("-m") :]], config)
     elif program == "pytest-benchmark":
         make_parser().parse_args(rest)
     elif program == "nsa-sel" or rest[:2] == ["-m", "nsa_sel"]:

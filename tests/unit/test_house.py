@@ -25,6 +25,7 @@ BENCH_ORDER = """
     tables command_line < saved
     timer saved tables < suite < compare < threshold < report
     timer saved suite < resume
+    compare resume suite < ranks < tune
     suite timer < methods < session tune checks
     session tune < compare < checks
     compare session tune precompile < continuous

@@ -17,7 +17,7 @@ from nsa_sel.bench.methods.contender import NotTimed
 from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.timer import timing
-from nsa_sel.bench.timer.timing import DeviceTimer
+from nsa_sel.bench.timer.timing import DeviceTimer, WallTimer
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its instrument cannot be tested")
 
@@ -166,11 +166,22 @@ def test_a_planted_share_is_added_to_a_planted_benchmark_only(bench):
 
 def test_a_case_that_does_not_fit_is_not_timed(monkeypatch):
     case = cases.rows_case("bf16", "few", 4, 64, 64, 64, 8)
-    monkeypatch.setattr(contender, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(contender, "_free_memory", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     timer = DeviceTimer.__new__(DeviceTimer)  # a GPU's timer, which is not used
     with pytest.raises(NotTimed, match=r"needs 0\.0 GB, 0\.0 GB are free"):
         contender.CaseState(case, timer)
+
+
+def test_without_a_gpu_what_needs_more_than_the_machine_has_is_not_timed(monkeypatch, tmp_path):
+    """Before, the system killed the process that asked for it."""
+    case = cases.rows_case("bf16", "few", 4, 64, 64, 64, 8)
+    assert contender._free_memory("cpu") > 2**28
+    monkeypatch.setattr(contender, "MEMINFO", tmp_path / "meminfo")
+    contender.CaseState(case, WallTimer())  # nothing is known
+    contender.MEMINFO.write_text("MemFree:       9 kB\nMemAvailable:       100 kB\n")
+    with pytest.raises(NotTimed, match=r"needs 0\.0 GB, 0\.0 GB are free"):
+        contender.CaseState(case, WallTimer())
 
 
 @pytest.fixture
@@ -204,6 +215,20 @@ def test_an_alarm_between_runs_of_one_commit_is_counted_and_named(runs_of_one_co
     text = capsys.readouterr().out
     assert "6 ordered pairs: 2 confirmed, 0 suspects" in text
     assert text.count(first.id) == 2
+
+
+@pytest.mark.parametrize(("share", "found", "code"), [(0.5, "100.0%", 0), (0.05, "0.0%", 1)])
+def test_timings_made_slower_are_found_and_no_other(tmp_path, capsys, share, found, code):
+    paths = [saved_runs.save(saved_runs.run(cases.matrix("hot")), tmp_path / f"{name}.json") for name in "abc"]
+    assert instrument.main(["--slowed", str(share), *map(str, paths)]) == code
+    text = capsys.readouterr().out
+    assert f"timings {share:.0%} slower" in text and f"{found} slower when measured again, 0 named elsewhere" in text
+
+
+def test_two_runs_are_too_few_for_a_second_look(runs_of_one_commit, capsys):
+    with pytest.raises(SystemExit):
+        instrument.main(["--slowed", "0.15", *runs_of_one_commit[:2]])
+    assert "--slowed: needs three runs or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("suspects", "code"), [(3, 0), (4, 1)])

@@ -331,8 +331,12 @@ def test_another_card_is_judged_by_what_its_calibration_explains(known_noise):
     [(3.0, 4.0, 0.5), (3.0, 1.5, 1), (3.0, 2.0, 1), (2.0, 4.0, 1), (1.5, 4.0, 1)],
 )
 def test_a_read_limit_below_the_launch_floor_does_not_scale(old_limit_us, new_limit_us, factor):
-    run = dataclasses.replace(as_run([entry("a", "triton", 9)]), floor_us=2.0)
-    old, new = (dataclasses.replace(run, read_limit_us=[[1e6, us], [1e8, us]]) for us in (old_limit_us, new_limit_us))
+    old, new = (
+        dataclasses.replace(
+            as_run([entry("a", "triton", 9, gpu_id=card)]), floor_us=2.0, read_limit_us=[[1e6, us], [1e8, us]]
+        )
+        for card, us in (("aa11", old_limit_us), ("bb22", new_limit_us))
+    )
     timing = runs.Timing("a", "triton", 10.0, 9.0, 11.0, (9.5, 10.5), bytes=1e7)
     assert Machine(cards=(old, new)).corrected(timing).median_us == 2 + 8 * factor
 

@@ -236,9 +236,9 @@ def test_the_fastest_right_form_is_timed():
 
 def test_packing_that_does_not_fit_is_not_applicable_and_the_rest_goes_on(monkeypatch):
     tensors = inputs.memory_estimate(PREFILL, packed=False)
-    monkeypatch.setattr(contender, "_free_memory", lambda: tensors)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     state = CaseState(PREFILL, OnceTimer())
+    monkeypatch.setattr(contender, "_free_memory", lambda device: tensors)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(state, "device", "cuda")
     state.require(tensors)
     with pytest.raises(NotTimed, match="needs .* GB, .* GB are free"):

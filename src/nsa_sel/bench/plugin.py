@@ -14,12 +14,15 @@ from .compare.hooks import (
     pytest_sessionfinish,
     pytest_terminal_summary,
 )
+from .timer.machine import one_of_many
 
 pytest_plugins = [
     f"{__package__}.resume.plugin",
     f"{__package__}.suite.fixtures",
     f"{__package__}.suite.kernel_options",
 ]
+if one_of_many():  # by torchrun; else nothing of that is imported
+    pytest_plugins.append(f"{__package__}.ranks.plugin")
 
 __all__ = [
     "pytest_benchmark_group_stats",
@@ -40,5 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         metavar="SHARE",
         help="test of the instrument: slow a fixed tenth of the kernel's timings down by this share of their time",
+    )
+    group.addoption(
+        "--sel-rank-limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: give a rank up that is silent for so long (default: %(default)s)",
     )
     hooks.addoption(parser)

@@ -25,10 +25,13 @@ CACHED_S = 0.25  # a kernel that is ready sooner was not compiled
 PROBES = 4
 
 
-def compile_kernels(pairs: Iterable[tuple[Case, str]], progress: Progress) -> str:
-    """Compile what these (case, method) pairs launch on the GPU, and say in a sentence what was done."""
+def compile_kernels(pairs: Iterable[tuple[Case, str]], progress: Progress, part: tuple[int, int] = (0, 1)) -> str:
+    """Compile what these (case, method) pairs launch on the GPU, and say in a sentence what was done.
+
+    part: (i, n) for the i-th of n parts, where n processes compile together.
+    """
     begin = time.perf_counter()
-    variants = distinct(pairs, "cuda")
+    variants = distinct(pairs, "cuda")[part[0] :: part[1]]
     torch.cuda.empty_cache()
     if len(variants) <= PROBES:
         return f"{len(variants)} kernels to compile"

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         examples=f"""
             {command}            what `rules.choose` can return, as far as `every_variant` says
-            {command} --sample   about a hundred kernels, in a minute or two""",
+            {command} --sample   sixty kernels, in a minute or two""",
     )
     parser.add_argument("--sample", action="store_true", help="compile the sample only")
     parser.add_argument(

@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ..command_line import Parser, exit_code
 from ..compare import noise
-from ..compare.rule import compare
+from ..compare.rule import compare, confirm, to_measure_again
+from ..compare.yardstick import explain
 from ..saved.run import Key, Run, RunError, load, notes, read_json
+from ..saved.speedups import is_kernel
 from ..tables import replace_file
 
 SUSPECTS_PER_PAIR = 1.0  # tolerated of runs of one commit, and no confirmed one: docs/measuring.md, "Noise"
 FOUND_SHARE = 0.95
+
+
+class Found(NamedTuple):
+    """Count timings made slower; of them the slower, suspect and confirmed by a second look; and others named."""
+
+    slowed: int
+    slower: int
+    suspect: int
+    confirmed: int
+    elsewhere: int
 
 
 def spread(same_commit: Sequence[Run]) -> list[float]:
@@ -45,6 +60,35 @@ def false_alarms(same_commit: Sequence[Run]) -> tuple[int, list[str], list[str]]
     return len(pairs), confirmed, suspect
 
 
+def slowed(same_commit: Sequence[Run], share: float, seeds: Sequence[int] = (0, 1, 2)) -> Found:
+    """Make a tenth of the kernel's timings slower by a share, in every order of three runs: old, new, and again.
+
+    The third run stands for the second look that slower and suspect timings get.
+    """
+    total = Found(0, 0, 0, 0, 0)
+    for (old, new, again), seed in itertools.product(itertools.permutations(same_commit, 3), seeds):
+        kernel = sorted(
+            key for key in old.timings.keys() & new.timings.keys() & again.timings.keys() if is_kernel(key[1])
+        )
+        chosen = set(random.Random(seed).sample(kernel, len(kernel) // 10))
+        new, again = (
+            replace(run, timings={key: x.scaled(1 + share * (key in chosen)) for key, x in run.timings.items()})
+            for run in (new, again)
+        )
+        first = compare(old, new)
+        last = confirm(first, {key: again.timings[key] for key in to_measure_again(first)}, explain(old, again))
+        slower, suspect, confirmed = (
+            {change.key for change in changes} for changes in (first.regressions, first.suspects, last.regressions)
+        )
+        counts = (
+            len(chosen),
+            *(len(keys & chosen) for keys in (slower, suspect, confirmed)),
+            len((slower | suspect) - chosen),
+        )
+        total = Found(*map(sum, zip(total, counts, strict=True)))
+    return total
+
+
 def planted(path: Path) -> tuple[set[Key], set[Key], int]:
     """Return what was planted in a run, what its comparison confirmed as slower, and how many benchmarks it timed."""
     data = read_json(path)
@@ -63,19 +107,25 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         examples=f"""
             {command} A.json B.json                all pairs of runs of one commit
+            {command} --slowed 0.15 A.json B.json C.json   what of so much slower timings is found
             {command} --planted C.json             a run with --sel-plant and --sel-baseline
             {command} --noise FILE A.json B.json   write what such runs differ by""",
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="two or more runs of the same commit")
     parser.add_argument("--planted", type=Path, metavar="RUN.json", help="a run in which slow-downs were planted")
+    parser.add_argument("--slowed", type=float, metavar="SHARE", help="make a tenth slower by it; needs three runs")
     parser.add_argument("--noise", type=Path, metavar="FILE", help="the table of noise that is written")
     args = parser.parse_args(argv)
     if len(args.runs) == 1 or not (args.runs or args.planted) or (args.noise and not args.runs):
         parser.error("give two runs or more, or --planted")
+    if args.slowed is not None and (len(args.runs) < 3 or args.slowed <= 0):
+        parser.error("--slowed: needs three runs or more, and a share above 0")
     good = True
     try:
         if args.noise:
             _write_noise(args.noise, [load(path) for path in args.runs])
+        elif args.slowed:
+            good &= _report_slowed([load(path) for path in args.runs], args.slowed)
         elif args.runs:
             good &= _report_pairs([load(path) for path in args.runs])
         if args.planted:
@@ -119,6 +169,14 @@ def _bin(entry: Sequence[float | None]) -> str:
     up_to, p90, p99, worst, count = entry
     ranks = f"p90 {p90}, p99 {p99} us" if up_to else f"p90 {p90:.2%}, p99 {p99:.2%}"
     return f"{'longer' if up_to is None else f'to {up_to:g} us'}: {ranks}, worst {worst:.1%} of {count}"
+
+
+def _report_slowed(same_commit: Sequence[Run], share: float) -> bool:
+    found = slowed(same_commit, share)
+    slower, suspect, confirmed = (f"{count / found.slowed:.1%}" for count in found[1:4])
+    print(f"{found.slowed} timings {share:.0%} slower: {slower} slower and {suspect} suspect in two runs,")
+    print(f"{confirmed} slower when measured again, {found.elsewhere} named elsewhere")
+    return found.confirmed >= FOUND_SHARE * found.slowed and not found.elsewhere
 
 
 def _report_planted(path: Path) -> bool:

@@ -118,15 +118,18 @@ def _matrix() -> frozenset[Call]:
 
 
 def sample() -> list[Variant]:
-    """Return the launches for SAMPLE on every architecture: bf16 plain, fp16 with all of TENSORS in turn, one fp32.
+    """Return the launches for SAMPLE on every architecture: bf16 plain or fp16 with TENSORS by turns, and one fp32.
 
-    And of SHARED_SAMPLE the first, and another in turn with all of SHARED_KERNELS.
+    What is a shape of the perf matrix is there in bf16 everywhere. Of SHARED_SAMPLE the first, and another in turn with
+    all of SHARED_KERNELS.
     """
     variants = []
     for turn, (arch, (_, gpu)) in enumerate(ARCHITECTURES.items()):
         for i, shape in enumerate(SAMPLE):
-            variants.append(chosen(arch, "bf16", shape, gpu))
-            variants.append(chosen(arch, "fp16", shape, gpu, TENSORS[(i + turn) % len(TENSORS)]))
+            if (i + turn) % 2 and shape not in _matrix():
+                variants.append(chosen(arch, "fp16", shape, gpu, TENSORS[(i + turn) // 2 % len(TENSORS)]))
+            else:
+                variants.append(chosen(arch, "bf16", shape, gpu))
         variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu))
         for kernel in SHARED_KERNELS:
             variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))

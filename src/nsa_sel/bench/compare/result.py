@@ -201,6 +201,8 @@ class Comparison:
             if kernels[0].get(name, what) != what
         ]
         lines += [f"note: {run.name} was cut short and lacks cases" for run in (self.old, self.new) if run.interrupted]
+        shared = [run.name for run in (self.old, self.new) if run.shared_cards]
+        lines += [f"note: ranks of {name} shared a card, so that its times are no figures" for name in shared]
         if self.old.regressions:
             lines.append(f"note: the old run was saved with {len(self.old.regressions)} confirmed regressions")
         return lines

@@ -52,8 +52,10 @@ class Machine:
 
 def explain(old: Run, new: Run) -> Machine:
     """Return what the machines explain of the differences between two runs."""
-    other_card = old.environment["gpu_id"] != new.environment["gpu_id"]
-    calibrated = all(run.floor_us and run.read_limit_us for run in (old, new))
+    pairs = [(old.timings[key].card, new.timings[key].card) for key in old.timings if key in new.timings]
+    moved = {(before, after) for before, after in pairs if before != after}
+    other_card = bool(moved)
+    calibrated = all(old.calibration_of(before) and new.calibration_of(after) for before, after in moved)
     cards = (old, new) if other_card and calibrated else None
     common = [key for key in old.timings if key in new.timings and key[1] in EVERY_SDPA_FORM]
     machine = Machine(other_card=other_card, cards=cards)
@@ -70,10 +72,14 @@ def explain(old: Run, new: Run) -> Machine:
 
 def _on_the_old_card(timing: Timing, old: Run, new: Run) -> Timing:
     """Return a timing with the new card's launch floor replaced by the old one's, and the rest by the read curves."""
-    floors = old.floor_us or 0.0, new.floor_us or 0.0
+    cards = old.timings[timing.key].card, new.timings[timing.key].card
+    before_card, after_card = old.calibration_of(cards[0]), new.calibration_of(cards[1])
+    if cards[0] == cards[1] or before_card is None or after_card is None:
+        return timing
+    (old_floor, old_curve), (new_floor, new_curve) = before_card, after_card
     factor = 1.0
     if timing.bytes:
-        before = limit_us(timing.bytes, old.read_limit_us) - floors[0]
-        after = limit_us(timing.bytes, new.read_limit_us) - floors[1]
+        before = limit_us(timing.bytes, old_curve) - old_floor
+        after = limit_us(timing.bytes, new_curve) - new_floor
         factor = before / after if before > 0 and after > 0 else 1.0
-    return timing.shifted(-floors[1]).scaled(factor).shifted(floors[0])
+    return timing.shifted(-new_floor).scaled(factor).shifted(old_floor)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import re
 import statistics
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from ..suite.inputs import Inputs, make_inputs, memory_estimate, traffic
 from ..timer.timing import Call, DeviceTimer, WallTimer
 
 PARITY_ROWS = 64
+MEMINFO = Path("/proc/meminfo")  # of Linux; elsewhere nothing is known, and nothing left out
 # What SDPA itself puts into a mask for cuDNN, which has trouble with -inf. Beside a real token the weight is exactly 0.
 MASKED = -65504.0
 MASK_ALIGNMENT = 16  # elements: a mask whose rows begin elsewhere is copied at every call
@@ -79,10 +83,13 @@ class CaseState:
 
     def require(self, needed: int) -> None:
         """Raise NotTimed unless so many bytes are free on the device."""
-        if self.device == "cuda" and needed > _free_memory():
+        if self.device == "cpu":
+            needed *= 2  # SDPA may hold all of it in fp32 there, too
+        if needed > _free_memory(self.device):
             gc.collect()  # tensors may hang on the traceback of a method that failed
-            torch.cuda.empty_cache()
-            if needed > (free := _free_memory()):
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            if needed > (free := _free_memory(self.device)):
                 raise NotTimed(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
     @functools.cached_property
@@ -195,6 +202,10 @@ def packed_as_inputs(state: CaseState) -> Inputs:
     return Inputs(q, k, v, ranges, state.inputs.min_len, state.inputs.max_len)
 
 
-def _free_memory() -> int:
-    """Return the bytes that the device can still give us, what the allocator only caches included."""
+def _free_memory(device: str) -> int:
+    """Return the bytes that the device can still give us, what the allocator or the system only caches included."""
+    if device == "cpu":
+        text = MEMINFO.read_text() if MEMINFO.exists() else ""
+        found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+        return int(found[1]) * 1024 if found else sys.maxsize
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

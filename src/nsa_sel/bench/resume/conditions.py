@@ -28,6 +28,7 @@ def conditions(commit: Mapping[str, Any], plant: float | None, kernels: Sequence
         "python": platform.python_version(),
         **{name: machine[name] for name in MACHINE},
         "--sel-plant": plant,
+        "many ranks": None,
         "--sel-kernel": [f"{kernel} ({_module_hash(kernel)})" for kernel in kernels] or None,
     }
 

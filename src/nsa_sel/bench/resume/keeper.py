@@ -88,13 +88,15 @@ class Keeper:
                 continue
             self._new += 1
             if self._journal is None:
-                name = self.name or (self.json.name if self.json else "")
-                self._journal = Journal.begin(self.folder(), name, dumps(self._head()))
+                self._journal = Journal.begin(self.folder(), self._journal_name(), dumps(self._head()))
             self._journal.add(dumps(bench.as_dict(include_data=True)))
             if self._journal.fault and not self._warned:
                 self._warned = True
                 self.say(f"what is measured is not on disk before the run ends: {self._journal.fault}")
         self._taken = len(self.benchmarks.benchmarks)
+
+    def _journal_name(self) -> str:
+        return self.name or (self.json.name if self.json else "")
 
     def _head(self) -> dict[str, Any]:
         """Return the run as it would be saved, without its benchmarks, and what --sel-resume looks at."""
@@ -139,18 +141,21 @@ class Keeper:
             self._journal = Journal.reopen(path)
         except OSError as error:
             raise pytest.UsageError(f"--sel-resume: {path.name} cannot be written: {error}") from None
-        for entry in left["benchmarks"]:
-            pair = self.pairs.get(entry["fullname"])
-            try:
-                bench = rebuilt(entry)
-                if pair == pair_of(bench):
-                    self.benchmarks.benchmarks.append(bench)
-                    self.held.add(pair)
-            except (KeyError, TypeError, ValueError):
-                continue  # it is measured again
+        for pair, bench in self._results(left):
+            self.benchmarks.benchmarks.append(bench)
+            self.held.add(pair)
         self._taken = len(self.benchmarks.benchmarks)
         self._parts = list(left["partial"])
         self.say(f"goes on with {path.name}: {len(self.held)} of {len(self.pairs)} benchmarks are in it")
+
+    def _results(self, left: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
+        """Yield what a journal holds of this run's benchmarks; a damaged one is left out, and measured again."""
+        for entry in left["benchmarks"]:
+            pair = self.pairs.get(entry["fullname"])
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                bench = rebuilt(entry)
+                if pair is not None and pair == pair_of(bench):
+                    yield pair, bench
 
     def save(self) -> None:
         """Save in the order of the cases, and delete the journal if the run is whole; a signal waits until then."""
@@ -219,11 +224,14 @@ class Keeper:
                 found.append(f"what was measured is in {self._rescued}; moved to {place.parent}, {again} there")
             else:
                 found.append("what was measured could not be kept anywhere else")
-        own = self._journal.path if self._journal else None
-        others = [path for path in journal.left_in(self.folder()) if path != own] if self.saved else []
-        if others:
+        if self.saved and (others := self._others()):
             found.append(f"{len(others)} earlier runs that ended early left a journal, the newest {others[0]}")
         return found
+
+    def _others(self) -> list[Path]:
+        """Return the journals that other runs have left."""
+        own = self._journal.path if self._journal else None
+        return [path for path in journal.left_in(self.folder()) if path != own]
 
     def close(self) -> None:
         self.benchmarks.handle_saving = self._save_all

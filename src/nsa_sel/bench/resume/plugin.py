@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ..saved.run import MARK
 from .keeper import Keeper
 
 KEEPER = pytest.StashKey[Keeper]()
+KIND = pytest.StashKey[Callable[..., Keeper]]()  # what keeps the run, if it is no plain Keeper
+TERMINATED = "SIGTERM"  # why such a session stops
 _HANDLER = pytest.StashKey[Any]()  # what SIGTERM did before
 
 
@@ -43,19 +45,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     pairs = {name: (of["case_id"], of["method"]) for name, of in params.items() if {"case_id", "method"} <= set(of)}
     if not pairs:
         return
-    keeper = Keeper(config, pairs)
+    keeper = config.stash.get(KIND, Keeper)(config, pairs)
     if resume:
         keeper.resume()
     config.stash[KEEPER] = keeper
     if threading.current_thread() is threading.main_thread():
-        config.stash[_HANDLER] = signal.signal(signal.SIGTERM, lambda *_: _end(session))
+        config.stash[_HANDLER] = signal.signal(signal.SIGTERM, lambda *_: end(session))
 
 
-def _end(session: pytest.Session) -> None:
+def end(session: pytest.Session) -> None:
     """End the session as Ctrl-C does, or after this test, should the exception be swallowed in the midst of a call."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    session.shouldstop = "SIGTERM"
-    raise KeyboardInterrupt("SIGTERM")
+    session.shouldstop = TERMINATED
+    raise KeyboardInterrupt(TERMINATED)
 
 
 def holds(config: pytest.Config, case: str, method: str) -> bool:

@@ -31,6 +31,7 @@ class Timing:
     call_us: float | None = None
     graph_us: float | None = None
     bytes: float | None = None  # that any method must move
+    card: str = ""  # gpu_id of what it was measured on
 
     @property
     def key(self) -> Key:
@@ -74,6 +75,7 @@ class Run:
     datetime: str = ""
     regressions: tuple[str, ...] = ()  # found when it was measured; such a run is no baseline unless named
     interrupted: bool = False  # it lacks cases; no baseline unless named either
+    shared_cards: bool = False  # ranks of a job timed on one card at once: no figures, and no baseline either
     asked: frozenset[Key] | None = None  # what it was to measure; None: it was saved before runs said so
     skipped: frozenset[Key] = frozenset()  # of these, what could not be measured there, for a saved reason
     case_file: str = ""  # the name of the file that the run's cases are from; "": they are of the matrix
@@ -83,6 +85,7 @@ class Run:
     dirty: bool = False  # measured with uncommitted changes
     floor_us: float | None = None  # device time of an empty kernel
     read_limit_us: tuple[tuple[float, float], ...] = ()  # (bytes, µs) by rising size
+    cards: Mapping[str, Any] = field(default_factory=dict)  # of a job of ranks: each card's calibration, by gpu_id
     path: str = ""  # the file that it was read from
     kernels: Mapping[str, str] = field(default_factory=dict)  # users' kernels: what each name means
 
@@ -93,6 +96,11 @@ class Run:
     @property
     def on_gpu(self) -> bool:
         return self.gpu != gpu_name(None)
+
+    def calibration_of(self, card: str) -> tuple[float, tuple[tuple[float, float], ...]] | None:
+        """Return a card's launch floor and read limit, as they were in this run; None if one is not known."""
+        known = self.cards.get(card, {"floor_us": self.floor_us, "read_limit_us": self.read_limit_us})
+        return (known["floor_us"], known["read_limit_us"]) if known["floor_us"] and known["read_limit_us"] else None
 
     @property
     def unmeasured(self) -> tuple[Key, ...]:
@@ -158,16 +166,17 @@ def from_entries(name: str, entries: Iterable[Mapping[str, Any]], machine_info: 
             raise RunError(
                 f"{name}: {short(case)} {short(method)} stands twice; remove one of them or measure it again"
             )
-        timings[case, method] = timing(case, method, stats, extra, name)
+        identities.append({key: str(extra.get(key) or machine_info.get(key) or "none") for key in IDENTITY})
+        timings[case, method] = replace(timing(case, method, stats, extra, name), card=identities[-1]["gpu_id"])
         if extra.get("kernel"):
             kernels[kernel_of(method)] = f"{extra['kernel']}, {extra.get('takes')}"
-        identities.append({key: str(extra.get(key) or machine_info.get(key) or "none") for key in IDENTITY})
     if not timings:
         raise RunError(f"{name}: no benchmark of this suite in it (none has a case and a method); give another file")
     gpus = sorted({identity["gpu"] for identity in identities})
     if len(gpus) > 1:
         raise RunError(f"{name}: mixes the GPUs {', '.join(map(short, gpus))}; measure each in its own run")
-    environment = identities[0] | {"gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
+    cards = "+".join(sorted({identity["gpu_id"] for identity in identities}))  # of a run by many ranks several
+    environment = identities[0] | {"gpu_id": cards, "gpu": gpu_name(None if gpus[0] == "none" else gpus[0])}
     return Run(name, timings, environment, **calibration(name, machine_info), kernels=kernels, **more)
 
 
@@ -205,17 +214,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def notes(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved run's date, commit and marks, as keyword arguments of Run."""
     mark, commit = mapping(data.get(MARK)), mapping(data.get("commit_info"))
-    slow, asked = mark.get("regressions"), mark.get("asked")
+    slow, asked, ranks = mark.get("regressions"), mark.get("asked"), mark.get("ranks")
+    of_ranks = [mapping(rank) for rank in ranks] if isinstance(ranks, list) else []
     identity = str(commit.get("id") or "")
     return {
         "datetime": str(data.get("datetime", "")),
         "regressions": tuple(str(item) for item in slow) if isinstance(slow, list) else (),
         "interrupted": bool(mark.get("interrupted")),
+        "shared_cards": bool(mark.get("shared_cards")),
         "asked": _pairs(asked) if isinstance(asked, list) else None,
         "skipped": frozenset(not_timed(data)),
         "case_file": str(mark.get("case_file") or ""),
         "cases": mapping(mark.get("cases")),
         "random": mapping(mark.get("random")),
+        "cards": {str(rank.get("gpu_id")): calibration("a rank", rank) for rank in of_ranks},
         "commit": "" if identity in NO_COMMIT else identity,
         "dirty": bool(commit.get("dirty")),
     }

@@ -99,7 +99,7 @@ def of_commit(storage: Path, commit: str, gpu: str | None, gpu_id: str | None) -
         about = notes(read_json(path))
         if about["commit"].startswith(commit) and not about["dirty"] and not about["interrupted"]:
             run = load(path)
-            if not run.unmeasured and gpu_id in (None, run.environment["gpu_id"]):
+            if not (run.unmeasured or run.shared_cards) and gpu_id in (None, run.environment["gpu_id"]):
                 found.append((run.datetime, path))
     return max(found)[1] if found else None
 
@@ -122,7 +122,7 @@ def is_clean(run: Run, new: Run) -> bool:
     """
     earlier = not new.datetime or run.datetime < new.datetime
     same_card = all(run.environment[field] == new.environment[field] for field in ("gpu", "gpu_id"))
-    clean = not (run.interrupted or run.unmeasured or run.dirty or run.regressions)
+    clean = not (run.interrupted or run.shared_cards or run.unmeasured or run.dirty or run.regressions)
     judged = [key for key in new.timings if key[1] not in EVERY_SDPA_FORM]
     covered = sum(key in run.timings for key in judged)
     return earlier and same_card and clean and covered >= COVERED * len(judged)

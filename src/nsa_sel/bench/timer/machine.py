@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import Any
 import torch
 
 _calibration: dict[str, Any] = {}
+
+
+def one_of_many() -> bool:
+    """Tell whether a launcher such as torchrun started this process as a rank of a job."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
 def environment() -> dict[str, Any]:

@@ -14,8 +14,9 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...kernel import tuned_table
 from ...kernel.call import Gpu
@@ -24,11 +25,14 @@ from ..saved.storage import slug
 from ..suite import case_file, cases, random_cases
 from ..suite.cases import Case
 from ..tables import replace_file
-from ..timer.machine import environment
+from ..timer.machine import environment, one_of_many
 from . import regret, workers
 from .log import Log, Progress
 from .results import Result, as_csv, as_markdown, merged, rows
 from .sweep import Compile, DeviceLost, Sweep, SweepDevice, SweepError
+
+if TYPE_CHECKING:
+    from ..ranks.job import Job
 
 HOT_ROWS = 1024  # N of the default cases
 
@@ -148,6 +152,13 @@ def main_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="tune.csv, tune.md and what an interrupted sweep has measured (default: bench/results/<GPU>)",
     )
+    parser.add_argument(
+        "--sel-rank-limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: give a rank up that is silent for so long (default: %(default)s)",
+    )
     return parser
 
 
@@ -162,6 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = select(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.regret and one_of_many():
+        parser.error("--regret: is measured by one process, without torchrun")
+    if one_of_many():  # by torchrun; else nothing of that is imported
+        from . import ranks
+
+        ranks.take_card()
     try:
         from .gpu import GpuSweepDevice, find  # needs Triton
     except ImportError as error:
@@ -170,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(gpu, str):
         return _refuse(gpu)
     try:
-        return (tell_regret if args.regret else tune)(args, chosen, gpu, GpuSweepDevice())
+        if args.regret:
+            return tell_regret(args, chosen, gpu, GpuSweepDevice())
+        job = ranks.join(args.sel_rank_limit, chosen) if one_of_many() else None
+        return tune(args, chosen, gpu, GpuSweepDevice(), job=job)
     except DeviceLost as error:
         print(f"nsa-sel tune: a launch broke this process's access to the GPU: {error}", file=sys.stderr)
         print("A new process goes on without it.", file=sys.stderr, flush=True)
@@ -191,14 +211,20 @@ def tune(
     device: SweepDevice,
     compile_all: Compile = workers.compile_all,
     progress: Progress | None = None,
+    job: Job | None = None,
 ) -> int:
-    """Sweep, write the results, and return 0, or 1 if there is nothing for a table."""
+    """Sweep, write the results, and return 0, or 1 if there is nothing for a table or, of a job, something missing."""
     machine = {name: value for name, value in environment().items() if name != "calibration"}
     out = args.out or default_folder(gpu.name)
     table = out if out.suffix == ".json" else out / tuned_table.file_name(gpu.name)
     folder = args.results or Path("bench/results") / slug(gpu.name)
     table.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Log(folder / "tune.jsonl", {**machine, "gpu": gpu.name})) as log:
+    path, machine["gpu"] = folder / "tune.jsonl", gpu.name
+    if job is not None:
+        from . import ranks
+
+        progress = progress or ranks.SharedProgress(job)
+    with contextlib.closing(Log(path, machine) if job is None else ranks.open_log(job, path, machine)) as log:
         sweep = Sweep(
             chosen,
             gpu,
@@ -209,20 +235,29 @@ def tune(
             every_chunk=args.exhaustive,
             top=args.top,
         )
-        for line in sweep.plan():
-            print(line, flush=True)
-        results = sweep.run()
+        if job is None or job.leads:
+            for line in sweep.plan():
+                print(line, flush=True)
+        results, missing = (sweep.run(), []) if job is None else ranks.run(job, sweep)
+        if job is not None and not job.leads:
+            return 0
         measured = {name: str(machine[name]) for name in ("torch", "triton", "driver", "cuda")}
         measured["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         written = write(results, sweep, table, folder, measured)
-        log.finish()
-    for line in summary(results, sweep):
+        if job is not None:  # a finished sweep is measured anew by the next
+            job.let_go(not missing, job.others)
+        if not missing:
+            log.finish()
+    for line in sweep.summary(results):
         print(line)
     for path in written:
         print(path)
     tuned_table.forget()
     if table not in written:
         print("No class has a launch to tune: no table.")
+        return 1
+    if missing:
+        print("The same command measures what is missing.")
         return 1
     if table.parent.resolve() not in (tuned_table.LOCAL.resolve(), tuned_table.PACKAGED.resolve()):
         print(f"The run time reads it once it lies in {tuned_table.LOCAL}/ of the working directory.")
@@ -255,22 +290,6 @@ def tell_regret(
         replace_file(args.json, text + "\n")
         print(args.json)
     return 0 if found else 1
-
-
-def summary(results: Sequence[Result], sweep: Sweep) -> Iterator[str]:
-    """Yield a line per class, and one for what failed or was skipped."""
-    for result in results:
-        winner = result.winner
-        if winner is None:
-            yield f"{result.key}: no entry, the model decides"
-        else:
-            yield f"{result.key}: {winner.launch}, {winner.mean_us:.1f} µs, {result.gain(winner):.2f}x untuned"
-    for case, reason in sweep.skipped.items():
-        yield f"not measured: {case.id}: {reason}"
-    if sweep.late:
-        yield f"{sweep.late} kernels were compiled only when they were timed, which takes long but changes no figure"
-    if failed := len(sweep.log.errors()):
-        yield f"{failed} of the timings failed; tune.md lists them with their errors"
 
 
 def _refuse(reason: str) -> int:

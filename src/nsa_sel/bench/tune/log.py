@@ -24,22 +24,38 @@ class Log:
     off by an interruption is left where it is.
     """
 
-    def __init__(self, path: Path, machine: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, machine: Mapping[str, Any], beside: Path | None = None) -> None:
+        """beside: another log, which is read before this one and not written to."""
         about = {"schema": tuned_table.SCHEMA, "kernel": tuned_table.kernel_hash(), **machine}
         self.run = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         self.path = path
         self._times: dict[tuple[str, str, LaunchConfig], float] = {}
         self._errors: dict[tuple[str, LaunchConfig], str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines():
-            self._take(line)
+        if beside is not None:
+            self._read(beside)
+        text = self._read(path)
         self.found = len(self._times) + len(self._errors)
         self._file = path.open("a", encoding="utf-8")
         if text and not text.endswith("\n"):
             self._file.write("\n")
         if not self.found:
             self._write({"about": about})
+
+    def _read(self, path: Path) -> str:
+        """Take over what is in a file, and return its text."""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
+            self._take(line)
+        return text
+
+    def absorb(self, path: Path) -> None:
+        """Append what another log holds, and delete that."""
+        text = self._read(path)
+        self._file.write(text if text.endswith("\n") else f"{text}\n")
+        self._file.flush()
+        path.unlink()
+        self.found = len(self._times) + len(self._errors)
 
     def _take(self, line: str) -> None:
         try:
@@ -64,6 +80,10 @@ class Log:
 
     def error(self, case: Case, launch: LaunchConfig) -> str | None:
         return self._errors.get((case.id, launch))
+
+    def include(self, errors: Mapping[tuple[str, LaunchConfig], str]) -> None:
+        """Know errors that stand in another rank's log."""
+        self._errors.update(errors)
 
     def errors(self) -> dict[tuple[str, LaunchConfig], str]:
         """Return every error by case id and launch."""
@@ -113,7 +133,7 @@ class Progress:
         if self.done == self.total or now - self.shown >= self.every_s:
             self.shown = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            text = f"{self.bar()} {self.done}/{self.total}, {clock(left)} left: {self.stage}"
+            text = f"{self.bar()} {self.done}/{self.total}, {clock(left)} left: {self.stage}{self.beside()}"
             if self.terminal:
                 width = shutil.get_terminal_size().columns - 1
                 end = "\n" if self.done == self.total else ""
@@ -127,6 +147,10 @@ class Progress:
             print(f"\r{'':{shutil.get_terminal_size().columns - 1}}\r", end="", file=self.out, flush=True)
             self.shown = self.began  # long ago: the next step shows it
         print(text, file=file, flush=True)
+
+    def beside(self) -> str:
+        """Return what else is on the line: nothing, but under torchrun the other ranks."""
+        return ""
 
     def bar(self, width: int = 24) -> str:
         filled = width * self.done // self.total

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,6 +134,25 @@ class Sweep:
         yield f"  on an H200 about {clock(seconds)}; whatever is measured is kept in {self.log.path}"
         if self.log.found:
             yield f"  continues: {self.log.found} measurements are there already"
+
+    def summary(self, results: Sequence[Result]) -> Iterator[str]:
+        """Yield a line per class, and one for what failed or was skipped."""
+        for result in results:
+            winner = result.winner
+            if winner is None:
+                yield f"{result.key}: no entry, the model decides"
+            else:
+                yield f"{result.key}: {winner.launch}, {winner.mean_us:.1f} µs, {result.gain(winner):.2f}x untuned"
+        for case, reason in self.skipped.items():
+            yield f"not measured: {case.id}: {reason}"
+        if self.late:
+            yield f"{self.late} kernels were compiled only when they were timed, which takes long but changes no figure"
+        if failed := len(self.log.errors()):
+            yield f"{failed} of the timings failed; tune.md lists them with their errors"
+
+    def keep(self, keys: Collection[Class]) -> None:
+        """Leave all other classes to others."""
+        self.classes = {key: of_class for key, of_class in self.classes.items() if key in keys}
 
     def run(self) -> list[Result]:
         """Measure all that is not on record, and return the results by class.
