@@ -137,6 +137,8 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
         if variant.kernel == "_sel_rest":
             return _sel_rest, sharing.rest_arguments(given, placed, index), sharing.options
         return _sel_shared, *sharing.shared_arguments(given, placed, index)
+    if variant.backward is not None:
+        return backward_called(variant, q, k, v, ranges)
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
@@ -149,6 +151,29 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
         ]
     arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
     return _sel_fwd, arguments, plan.options
+
+
+def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequence[Any], dict[str, int]]:
+    """Return a kernel of the backward pass, its arguments and options, as `_called` does."""
+    from ...kernel.backward_index import _mark
+    from ...kernel.backward_keys import _sel_bwd_keys
+    from ...kernel.backward_launch import BackwardPlan, Saved
+    from ...kernel.backward_rows import _sel_bwd_rows
+
+    q, k, v, ranges = tensors
+    out, (dk, dv), (lse, part) = (
+        q.new_empty(1),
+        (q.new_empty(1) for _ in range(2)),
+        (torch.empty(1, dtype=torch.float32, device="meta") for _ in range(2)),
+    )
+    plan = BackwardPlan(q, k, v, ranges, None, None, None, variant.backward)
+    saved = Saved(q, k, v, ranges, out, lse, out, lse if variant.tensors == "lse" else None)
+    placed, index = plan.places.last, plan.index()
+    if variant.kernel == "_mark":
+        return _mark, *plan.mark_arguments(ranges, k.shape[2], index.marks)
+    if variant.kernel == "_sel_bwd_keys":
+        return _sel_bwd_keys, *plan.key_arguments(saved, placed, (lse, lse), index, (dk, dv, part))
+    return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
 
 
 def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 
-from ...kernel import rules, shared_config
+from ...kernel import backward_config, rules, shared_config
+from ...kernel.backward_config import BackwardLaunch
 from ...kernel.call import Call, Gpu
 from ...kernel.launch_config import MAX_WIDTH, SPAN_BUCKETS, LaunchConfig, chunk_width, shared_memory, span_bucket
 from ...kernel.shared_config import SharedLaunch
@@ -58,13 +59,22 @@ SHARED_SAMPLE = (
     Call(65_536, 6, 80, 48, 64, 4096, shared_kv=True),
 )
 SHARED_KERNELS = ("_sel_shared", "_cover", "_sel_rest")
+# Training: the shapes of prefill, many short spans, and the widest rows.
+BACKWARD_SAMPLE = (
+    *SHARED_SAMPLE,
+    Call(65_536, 16, 64, 64, 1024, 16_384, shared_kv=True),
+    Call(65_536, 16, 256, 256, 16, 1024, shared_kv=True),
+    Call(65_536, 16, 128, 128, 32, 512, shared_kv=True),
+)
+BACKWARD_KERNELS = ("_sel_bwd_keys", "_sel_bwd_rows", "_mark")
 
 
 @dataclass(frozen=True)
 class Variant:
     """One kernel to compile. tensors: one of TENSORS. in_matrix: chosen for a case of the perf matrix.
 
-    kernel, shared: which of SHARED_KERNELS, and its launch; `config` is then that of the rows.
+    kernel, shared: which of SHARED_KERNELS, and its launch; `config` is then that of the rows. backward: the launch of
+    one of BACKWARD_KERNELS.
     """
 
     arch: int
@@ -78,11 +88,14 @@ class Variant:
     in_matrix: bool = field(default=False, compare=False)  # the same kernel, whoever needs it
     kernel: str = "_sel_fwd"
     shared: SharedLaunch | None = None
+    backward: BackwardLaunch | None = None
 
     def __str__(self) -> str:
         shape = f"H{self.H} D{self.D} Dv{self.Dv} spans{self.n_spans}"
         other = "" if self.tensors == "plain" else f" ({self.tensors})"
         launch = f"{self.kernel} {self.shared}, {self.config}" if self.shared else self.config
+        if self.backward:
+            launch = f"{self.kernel} {self.backward}"
         return f"sm_{self.arch} {self.dtype} {shape} {launch}{other}"
 
 
@@ -104,6 +117,17 @@ def sharing(
     launch = replace(launch, tma=launch.tma and of_rows.config.load == "tma")
     config = replace(of_rows.config, splits=1, cluster=1, max_registers=0)
     return replace(of_rows, config=config, kernel=kernel, shared=launch, in_matrix=False)
+
+
+def backward(
+    arch: int, dtype: str, shape: Call, gpu: Gpu, kernel: str = BACKWARD_KERNELS[0], tensors: str = "plain"
+) -> Variant:
+    """Return a kernel of the backward pass of a call of this shape, in this dtype, on a GPU."""
+    call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
+    launch = backward_config.choose(call, gpu)
+    spans = span_bucket(shape.n_spans)
+    widths = shape.H, shape.D, shape.Dv
+    return Variant(arch, dtype, *widths, spans, launch.row, tensors, False, kernel, backward=launch)
 
 
 @cache
@@ -134,6 +158,9 @@ def sample() -> list[Variant]:
         for kernel in SHARED_KERNELS:
             variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
         variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
+        for kernel in BACKWARD_KERNELS:
+            variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel))
+        variants += [backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, kernel) for kernel in BACKWARD_KERNELS[:2]]
     return list(dict.fromkeys(variants))
 
 
@@ -154,6 +181,8 @@ def every_variant() -> list[Variant]:
             variants.append(chosen(arch, dtype, shape, large, tensors))
         for shape, tensors, kernel in itertools.product(SHARED_SAMPLE, TENSORS, SHARED_KERNELS):
             variants.append(sharing(arch, dtype, shape, large, kernel, tensors))
+        for shape, tensors, kernel in itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS):
+            variants.append(backward(arch, dtype, shape, large, kernel, tensors))
     return list(dict.fromkeys(variants))
 
 
