@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import arguments, modes, parts, reference, routing, spans
+from . import arguments, modes, parts, reference, routing, spans, training
 from .config import SelConfig, config_for_call, get_config
 from .errors import KernelFailed, UnsupportedError
 from .routing import Route
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # Triton is imported by the first call that asks for the kern
 # Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths;
 # the few others of a call serve those where another kernel or launch is due.
 _plans: dict[tuple, tuple[SelConfig, list[Plan]]] = {}
-_failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
 
 def run(
@@ -109,11 +108,14 @@ def run_anew(
     chosen = route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
         try:
+            if modes.needs_derivative(q, k, v):
+                out, lse = training.attention(q, k, v, ranges, scale, min_len, max_len, backend)
+                return (out, lse) if return_lse else out
             return _run_triton(q, k, v, ranges, scale, config, min_len, max_len, return_lse, key)
         except KernelFailed as error:
             if backend != "auto":
                 raise
-            _failures[_kind(q, v)] = str(error)
+            training.failures[training.kind(q, v)] = str(error)
             chosen = routing.fallback(config)
             warnings.warn(f"nsa_sel: {chosen} runs in place of Triton: {error}", RuntimeWarning, stacklevel=3)
     if chosen == "packed_sdpa" and (min_len is None or max_len is None):
@@ -194,10 +196,6 @@ def _run_sdpa(
             raise torch.cuda.OutOfMemoryError(f"{_packing_size(q, k, v, ranges, max_len)}. {error}") from error
 
 
-def _kind(q: Tensor, v: Tensor) -> tuple:
-    return q.device, q.dtype, q.shape[3:], v.shape[3]
-
-
 def _packing_size(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, max_len: int | None) -> str:
     N = q.shape[0] * q.shape[1] * q.shape[2]
     L = reference.length_bounds(ranges, k.shape[2])[1] if max_len is None else max_len
@@ -212,11 +210,12 @@ def route(
     """Say which backend runs a checked call, and why."""
     on_gpu = q.device.type == "cuda"
     needs_grad = modes.needs_derivative(q, k, v)
+    transformed = modes.transformed() or modes.tracing()
     unsupported = None
     if backend == "triton" or (backend == "auto" and on_gpu):
         unsupported = _unsupported(q, k, v, ranges)
-    if backend == "auto" and on_gpu and not needs_grad:  # sizes that a tracer gives have no hash
-        unsupported = unsupported or _failures.get(_kind(q, v))
+    if backend == "auto" and on_gpu:
+        unsupported = unsupported or training.failures.get(training.kind(q, v))
     return routing.decide(
         backend,
         config=config,
@@ -224,7 +223,22 @@ def route(
         max_len=(lambda: reference.length_bounds(ranges, k.shape[2])[1]) if max_len is None else max_len,
         needs_grad=needs_grad,
         unsupported=unsupported,
+        transformed=transformed,
     )
+
+
+def training_min_len(device_type: str, index: int | None) -> int | None:
+    """Return the L from which "auto" trains with the kernel on a device, None for never: a constant of a trace."""
+    if device_type != "cuda":
+        return None
+    config, name = get_config(), torch.cuda.get_device_name(index)
+    longest = {"max_len": 2**31, "needs_grad": True, "unsupported": None}
+    found = routing.decide("auto", config=config, gpu_name=name, **longest)  # type: ignore[arg-type]
+    return config.min_len_for(name, training=True) if found.backend == "triton" else None
+
+
+# What torch.compiler.assume_constant_result sets; that imports Triton, whose interpreter must be chosen before.
+training_min_len._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mode_case import DEVICE, L, assert_right, call, each_backend, inputs, needs_gpu
 
-from nsa_sel import choose_route, dispatch, reference
+from nsa_sel import choose_route, reference, training
 
 SCALES = [
     np.float32(0.5),
@@ -104,7 +104,7 @@ def test_a_bad_scale_is_named_and_costs_no_later_call_its_kernel(backend, value,
     for _ in range(2):
         with pytest.raises(error, match=f"^scale: {words}"):
             call(backend, scale=value)(*args)
-    assert dispatch._failures == {}
+    assert training.failures == {}
     assert_right(call(backend)(*args), *args)
 
 
@@ -118,7 +118,7 @@ def test_a_bad_length_is_named_and_costs_no_later_call_its_kernel(backend, name,
             call(backend, **{name: value})(*args)
     with pytest.raises(error, match=f"^{name}: {words}"):
         choose_route(*args, backend=backend, **{name: value})
-    assert dispatch._failures == {}
+    assert training.failures == {}
     assert_right(call(backend)(*args), *args)
 
 

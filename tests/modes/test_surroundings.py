@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, each_differentiable, hinted_or_not
+from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, hinted_or_not
 from mode_case import inputs as make_inputs
 
 import nsa_sel
@@ -101,7 +101,7 @@ def test_a_default_device_costs_no_call_its_plan(monkeypatch):
         assert_right(call("triton")(*args), *args)
 
 
-@each_differentiable
+@each_backend
 @pytest.mark.parametrize("backend_grad", (True, False), ids=("gradients", "no_gradients"))
 def test_deterministic_mode(backend, backend_grad):
     def run():
