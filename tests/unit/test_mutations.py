@@ -24,6 +24,7 @@ interpreted = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 LAYOUTS = "tests/parity/test_layouts.py::test_triton_sel_parity_"
 ONE_RUN = LAYOUTS + "without_length_hints"
+GRADIENTS = "tests/parity/test_gradients.py::test_triton_sel_parity_of_gradients_"
 SHARED = "tests/parity/test_shared.py::test_triton_sel_parity_of_shared_tiles_"
 
 
@@ -220,6 +221,48 @@ FAULTS = [
         "tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))",
         "tl.store(rest_ptr, query_tile.to(tl.int32))",
         SHARED + "beside_rows_of_their_own[1.2]",
+    ),
+    Fault(
+        "the gradients forget delta",
+        "kernel/backward_rows.py",
+        "tl.store(delta_ptr + row * H + offs_h, delta,",
+        "tl.store(delta_ptr + row * H + offs_h, delta * 0,",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "the gradient of k is scaled twice",
+        "kernel/backward_keys.py",
+        "of_k = of_v * tl.where(is_chunk, 1.0, scale)",
+        "of_k = of_v * scale * tl.where(is_chunk, 1.0, scale)",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "the last row of a chunk of a popular tile is dropped",
+        "kernel/backward_keys.py",
+        "hi = tl.minimum(lo + size, n_all)",
+        "hi = tl.minimum(lo + size, n_all) - is_chunk.to(tl.int32)",
+        GRADIENTS + "where_tiles_are_shared_and_cut[dtype0-False]",
+    ),
+    Fault(
+        "a key that is selected twice has the gradient of one that is selected once",
+        "kernel/backward_keys.py",
+        "p = tl.where(selected, p * weight, 0.0)",
+        "p = tl.where(selected, p, 0.0)",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "NaN in q of one row reaches keys that it does not select",
+        "kernel/backward_keys.py",
+        "q0, q1, q2, q3 = clear_rows(q0, q1, q2, q3, bad)",
+        "q0 = q0",
+        GRADIENTS + "keeps_apart_a_row_that_is_not_finite[q-nan]",
+    ),
+    Fault(
+        "the gradient of the LSE is left out",
+        "kernel/backward_rows.py",
+        "delta -= tl.load(dlse_ptr",
+        "delta -= 0 * tl.load(dlse_ptr",
+        GRADIENTS + "where_tiles_are_shared_and_cut[dtype1-True]",
     ),
 ]
 if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4

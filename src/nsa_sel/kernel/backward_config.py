@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .call import Call, Gpu
-from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
+from .launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
 
 # Jobs of the keys' pass beyond one per KV tile: so many for each multiprocessor can be filled with chunks of popular
 # tiles. Each takes room for a tile's sums in fp32. A guess, not measured.
@@ -67,8 +67,12 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
         launch = BackwardLaunch(row, min(short, 32), max(16, next_power_of_2(call.H)), 8, 1, 0)
     else:
         large = heads > 16 or columns > 256
-        row = LaunchConfig("tma" if tma else "whole", min(short, 32 if large else 64), block_d, block_dv, 4, 2)
-        launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, 8 if columns > 256 else 4, 2, 0)
+        wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES  # four warps make one, from shared memory
+        row = LaunchConfig("whole", min(short, 32 if large else 64), block_d, block_dv, 4, 2)
+        if tma:  # as in the forward: one warp per program, where its registers suffice
+            row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large else 1)
+        warps = 4 if wide_products and columns <= 256 else 8
+        launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, warps, 2, 0)
     launch = replace(launch, slots=SLOTS_PER_SM * gpu.sm_count)
     while launch.num_stages > 1 and key_shared_bytes(launch, columns, call.element_bytes) > gpu.shared_bytes:
         launch = replace(launch, num_stages=launch.num_stages - 1)

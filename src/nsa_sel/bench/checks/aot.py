@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         examples=f"""
             {command}            what `rules.choose` can return, as far as `every_variant` says
-            {command} --sample   sixty kernels, in a minute or two""",
+            {command} --sample   a hundred kernels, in some minutes""",
     )
     parser.add_argument("--sample", action="store_true", help="compile the sample only")
     parser.add_argument(

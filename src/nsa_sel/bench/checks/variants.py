@@ -145,7 +145,7 @@ def sample() -> list[Variant]:
     """Return the launches for SAMPLE on every architecture: bf16 plain or fp16 with TENSORS by turns, and one fp32.
 
     What is a shape of the perf matrix is there in bf16 everywhere. Of SHARED_SAMPLE the first, and another in turn with
-    all of SHARED_KERNELS.
+    all of SHARED_KERNELS; likewise of BACKWARD_SAMPLE.
     """
     variants = []
     for turn, (arch, (_, gpu)) in enumerate(ARCHITECTURES.items()):
@@ -158,9 +158,11 @@ def sample() -> list[Variant]:
         for kernel in SHARED_KERNELS:
             variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
         variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
-        for kernel in BACKWARD_KERNELS:
-            variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel))
-        variants += [backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, kernel) for kernel in BACKWARD_KERNELS[:2]]
+        of_keys, of_rows, of_index = BACKWARD_KERNELS
+        variants += [backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel) for kernel in (of_keys, of_rows)]
+        variants.append(backward(arch, "fp16", BACKWARD_SAMPLE[0], gpu, of_keys, TENSORS[turn]))
+        if arch == 90:
+            variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, of_index))
     return list(dict.fromkeys(variants))
 
 
