@@ -14,10 +14,10 @@ from torch import Tensor
 from ... import selection_attention
 from ...errors import KernelFailed, UnsupportedError
 from ..saved.speedups import EVERY_SDPA_FORM, PEER_METHODS, kernel_of, scope
-from ..suite.cases import TRITON_METHODS
+from ..suite.cases import TRAINING, TRITON_METHODS
 from ..suite.inputs import Inputs, memory_estimate
 from ..suite.kernels import UserKernel
-from . import compiled, given, peers
+from . import compiled, given, peers, training
 from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, packed_as_inputs, within
 
 
@@ -32,6 +32,8 @@ def prepare(state: CaseState, method: str, kernels: Mapping[str, UserKernel] | N
     """
     if method in TRITON_METHODS and state.device == "cpu":
         raise NotTimed("no GPU")
+    if state.case.family == TRAINING and method not in (kernels or {}):
+        return training.prepare(state, method)
     if scope(method) == "core" or method in EVERY_SDPA_FORM:
         state.require(memory_estimate(state.case))  # of packed rows, which the others do without
     if (kernel := (kernels or {}).get(kernel_of(method))) is not None:
