@@ -10,6 +10,7 @@ from .launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, nex
 # Jobs of the keys' pass beyond one per KV tile: so many for each multiprocessor can be filled with chunks of popular
 # tiles. Each takes room for a tile's sums in fp32. A guess, not measured.
 SLOTS_PER_SM = 8
+NARROWEST = 64  # columns of a chunk: D and Dv have at most four
 LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
 
 
@@ -73,15 +74,39 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
             row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large else 1)
         warps = 4 if wide_products and columns <= 256 else 8
         launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, warps, 2, 0)
-    launch = replace(launch, slots=SLOTS_PER_SM * gpu.sm_count)
-    while launch.num_stages > 1 and key_shared_bytes(launch, columns, call.element_bytes) > gpu.shared_bytes:
-        launch = replace(launch, num_stages=launch.num_stages - 1)
-    while launch.rows > heads and key_shared_bytes(launch, columns, call.element_bytes) > gpu.shared_bytes:
-        launch = replace(launch, rows=launch.rows // 2)
+    return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
+
+
+def _fit(launch: BackwardLaunch, call: Call, limit: int) -> BackwardLaunch:
+    """Take fewer stages, queries, tokens, then narrower chunks, until both passes fit into `limit` bytes."""
+    heads = max(16, next_power_of_2(call.H))
+    while key_shared_bytes(launch, call) > limit:
+        if launch.num_stages > 1:
+            launch = replace(launch, num_stages=launch.num_stages - 1)
+        elif launch.rows > heads:
+            launch = replace(launch, rows=launch.rows // 2)
+        elif launch.block_t > 16:
+            launch = replace(launch, block_t=launch.block_t // 2)
+        elif max(launch.row.block_d, launch.row.block_dv) > NARROWEST:
+            narrow = {name: min(getattr(launch.row, name), NARROWEST) for name in ("block_d", "block_dv")}
+            launch = replace(launch, row=replace(launch.row, **narrow))
+        else:
+            break
+    while row_shared_bytes(launch.row, call) > limit and launch.row.block_l > 16:
+        launch = replace(launch, row=replace(launch.row, block_l=launch.row.block_l // 2))
     return launch
 
 
-def key_shared_bytes(launch: BackwardLaunch, columns: int, element_bytes: int) -> int:
-    """Estimate the shared memory of the keys' pass in bytes: K and V, q and dO in flight, the exchange of weights."""
-    tiles = launch.block_t + launch.rows * launch.num_stages
-    return tiles * columns * element_bytes + launch.block_t * launch.rows * 4
+def key_shared_bytes(launch: BackwardLaunch, call: Call) -> int:
+    """Estimate the shared memory of the keys' pass in bytes: K and V, q and dO in flight, one more chunk, weights."""
+    block_d, block_dv = launch.row.block_d, launch.row.block_dv
+    columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
+    tiles = (launch.block_t + launch.rows * launch.num_stages) * columns + launch.rows * max(block_d, block_dv)
+    return tiles * call.element_bytes + launch.block_t * launch.rows * 4
+
+
+def row_shared_bytes(row: LaunchConfig, call: Call) -> int:
+    """Estimate the shared memory of the rows' pass in bytes: q and dO as operands, K and V in flight."""
+    heads = padded_heads(call.H)
+    columns = padded_width(call.D, row.block_d) + padded_width(call.Dv, row.block_dv)
+    return (heads * max(row.block_d, row.block_dv) * 2 + row.block_l * columns * row.num_stages) * call.element_bytes
