@@ -214,6 +214,8 @@ def route(
     unsupported = None
     if backend == "triton" or (backend == "auto" and on_gpu):
         unsupported = _unsupported(q, k, v, ranges)
+    if needs_grad and not transformed and unsupported is None and backend in ("auto", "triton"):
+        unsupported = _unsupported_backward(q, v) if backend == "triton" or on_gpu else None
     if backend == "auto" and on_gpu:
         unsupported = unsupported or training.failures.get(training.kind(q, v))
     return routing.decide(
@@ -239,6 +241,12 @@ def training_min_len(device_type: str, index: int | None) -> int | None:
 
 # What torch.compiler.assume_constant_result sets; that imports Triton, whose interpreter must be chosen before.
 training_min_len._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _unsupported_backward(q: Tensor, v: Tensor) -> str | None:
+    from .kernel import backward_launch
+
+    return backward_launch.unsupported_backward(q, v)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:

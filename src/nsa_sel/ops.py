@@ -171,6 +171,8 @@ def _auto_trains(q: Tensor, k: Tensor, v: Tensor, max_len: int | None) -> bool:
     threshold = dispatch.training_min_len(q.device.type, q.device.index)
     if threshold is None or max_len is None or max_len < threshold:
         return False
+    if q.dtype == torch.float32 and q.shape[3] > 32:  # may need too much shared memory, which a trace does not ask
+        return False
     return launch.unsupported_sizes(q, k, v) is None
 
 

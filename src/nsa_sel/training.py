@@ -85,7 +85,7 @@ def _plan(make: Any, tensors: tuple[Tensor, ...], scale: float | None, min_len: 
 
 def _refuse(*tensors: Tensor) -> None:
     """Raise UnsupportedError where the kernel may not or cannot run: a traced call was routed when it was traced."""
-    from .kernel import launch
+    from .kernel import backward_launch, launch
 
     routing.decide(
         "triton",
@@ -93,7 +93,7 @@ def _refuse(*tensors: Tensor) -> None:
         gpu_name=None,
         max_len=0,
         needs_grad=False,
-        unsupported=launch.unsupported_reason(*tensors),
+        unsupported=launch.unsupported_reason(*tensors) or backward_launch.unsupported_backward(tensors[0], tensors[2]),
     )
 
 

@@ -137,6 +137,17 @@ def test_a_backward_kernel_that_fails_is_an_error_for_triton(broken):
         gradients(call("triton"))
 
 
+@pytest.mark.skipif(ON_GPU, reason="some GPUs have that much")
+def test_a_backward_pass_that_needs_too_much_shared_memory_is_refused_and_the_forward_is_not():
+    q, k, v, ranges = inputs()
+    q = torch.randn(1, 1, q.shape[2], 64, 256, device=q.device)
+    k, v = (torch.randn(1, x.shape[1], x.shape[2], 256, device=q.device) for x in (k, v))
+    ranges = ranges[:1, :1]
+    assert nsa_sel.choose_route(q, k, v, ranges, backend="triton").backend == "triton"
+    with pytest.raises(UnsupportedError, match="H=64, D=256, Dv=256 in torch.float32 needs more shared memory"):
+        call("triton")(q.requires_grad_(), k, v, ranges)
+
+
 def test_the_kill_switch_holds_for_a_traced_call(monkeypatch):
     monkeypatch.setattr(training, "get_config", lambda: nsa_sel.SelConfig(force_parity=True))
     torch._dynamo.reset()

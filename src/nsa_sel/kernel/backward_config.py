@@ -77,6 +77,11 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
     return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
 
 
+def fits(call: Call, gpu: Gpu) -> bool:
+    """Tell whether a backward pass of these sizes has room: fp32 of many heads and wide rows has not everywhere."""
+    return key_shared_bytes(choose(call, gpu), call) <= gpu.shared_bytes
+
+
 def _fit(launch: BackwardLaunch, call: Call, limit: int) -> BackwardLaunch:
     """Take fewer stages, queries, tokens, then narrower chunks, until both passes fit into `limit` bytes."""
     heads = max(16, next_power_of_2(call.H))

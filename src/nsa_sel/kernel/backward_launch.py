@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import kernel_failed
-from .backward_config import LEAST_BATCHES, BackwardLaunch, choose
+from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits
 from .backward_index import MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
+from .call import Call
 from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
 from .kv import Placed, lie_of
@@ -53,6 +54,15 @@ class RowIndex(NamedTuple):
     n_slots: Tensor
     rows: Tensor
     jobs: Tensor
+
+
+def unsupported_backward(q: Tensor, v: Tensor) -> str | None:
+    """Say in one sentence why the backward pass cannot run these tensors, which the forward can; None if it can."""
+    H, D, Dv = q.shape[3], q.shape[4], v.shape[3]
+    if fits(Call(1, H, D, Dv, 1, 64, element_bytes=q.element_size(), fits_tma=False), gpu_of(q.device)):
+        return None
+    sizes = f"H={H}, D={D}, Dv={Dv} in {q.dtype}"
+    return f"gradients needed, and the backward pass of {sizes} needs more shared memory than the GPU has"
 
 
 class BackwardPlan(Plan):

@@ -184,7 +184,8 @@ def every_variant() -> list[Variant]:
         for shape, tensors, kernel in itertools.product(SHARED_SAMPLE, TENSORS, SHARED_KERNELS):
             variants.append(sharing(arch, dtype, shape, large, kernel, tensors))
         for shape, tensors, kernel in itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS):
-            variants.append(backward(arch, dtype, shape, large, kernel, tensors))
+            if backward_config.fits(replace(shape, element_bytes=ELEMENT_BYTES[dtype]), large):
+                variants.append(backward(arch, dtype, shape, large, kernel, tensors))
     return list(dict.fromkeys(variants))
 
 
