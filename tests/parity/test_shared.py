@@ -62,13 +62,19 @@ def planned(case: Case, launch: SharedLaunch, max_len: int | None = None) -> tup
 
 def steps(plan: SharedPlan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Index]:
     """Run the three kernels one by one: the result, which begins as NaN, and the index, with what shared after all."""
-    index, placed = plan.index(plan.capacity(k.shape[2])), plan.places.last
+    passed = plan.passed(plan.places.last)
+    index = plan.index(passed)
     out = torch.full(plan.out_shape, float("nan"), dtype=q.dtype, device=q.device)
-    plan.cover(ranges, k.shape[2], index)
-    plan.attend((q, k, v, ranges, out, None), placed, index)
-    plan.attend_rest((q, k, v, ranges, out, None), placed, index)
+    plan.cover(ranges, passed, index)
+    plan.attend((q, k, v, ranges, out, None), passed, index)
+    plan.attend_rest((q, k, v, ranges, out, None), passed, index)
     launch.count_launches(3)
     return out, index
+
+
+def rest_of(index: Index) -> list[int]:
+    """Return the query tiles that are computed row by row."""
+    return index.tensors[3][: int(index.n_rest)].tolist()
 
 
 def check_shared(case: Case, config: SharedLaunch | None = None, max_len: int | None = None) -> Tensor:
@@ -113,21 +119,23 @@ def check_index(ranges: Tensor, S_kv: int, H: int, break_even: float = 0.0) -> l
     """Compare the index with plain Python; return which query tiles share."""
     case = Case(ranges, S_kv, H=H, D=16, Dv=16)
     plan, (q, k, v, on_device) = planned(case, shared(case, break_even=break_even))
-    index = plan.index(plan.capacity(S_kv))
-    plan.cover(on_device, S_kv, index)
+    passed = plan.passed(plan.places.last)
+    index = plan.index(passed)
+    plan.cover(on_device, passed, index)
+    found_tiles, found_who, counts, found_rest, n_rest = index.tensors
     places, shares = index.capacity, []
     for i, (whole, partial, visits) in enumerate(plain_index(ranges, S_kv, plan.TQ, plan.shared.block_t)):
-        n_whole, n_partial = index.counts[2 * i : 2 * i + 2].tolist()
+        n_whole, n_partial = counts[2 * i : 2 * i + 2].tolist()
         shares.append(n_whole >= 0)
         assert shares[-1] == (visits >= break_even * (len(whole) + PARTIAL_COST.value * len(partial)))
-        listed = index.tiles[i * places : (i + 1) * places].tolist()
-        who = [mask % 2**64 for mask in index.who[i * places : (i + 1) * places].tolist()]
+        listed = found_tiles[i * places : (i + 1) * places].tolist()
+        who = [mask % 2**64 for mask in found_who[i * places : (i + 1) * places].tolist()]
         who = [mask % 2**32 for mask in who] if plan.TQ <= 32 else who
         entries = list(zip(listed, who, strict=True))
         assert n_partial == len(partial) and entries[::-1][:n_partial] == partial
         if shares[-1]:
             assert n_whole == len(whole) and entries[:n_whole] == whole
-    rest = index.rest[: int(index.n_rest)].tolist()
+    rest = found_rest[: int(n_rest)].tolist()
     assert sorted(rest) == [i for i, share in enumerate(shares) if not share]
     return shares
 
@@ -161,6 +169,13 @@ def test_a_query_tile_shares_from_the_break_even_on():
     H = here(16, 4)
     assert check_index(ALIKE_AND_APART, 6 * BLOCK, H) == [True, True, True]
     assert check_index(ALIKE_AND_APART, 6 * BLOCK, H, 2.5) == [True, False, False]
+
+
+def test_a_plan_says_how_much_a_call_shares():
+    case = Case(ALIKE_AND_APART, 6 * BLOCK, H=here(16, 4), D=16, Dv=16)
+    for break_even, share, listed in ((0.0, 1, (2 + 4 + 1) / 3), (2.5, 1 / 3, 2), (9.0, 0, 0)):
+        plan, inputs = planned(case, shared(case, break_even=break_even))
+        assert plan.found(*inputs) == pytest.approx((share, listed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,7 +261,7 @@ def test_triton_sel_parity_of_shared_tiles_keeps_apart_what_only_some_queries_se
         spoilt = replace(case, edit=f"{which}[:, :, {own}] = {value}")
         plan, inputs = planned(spoilt, shared(case))
         out, index = steps(plan, *inputs)
-        assert index.rest[: int(index.n_rest)].tolist() == [0]
+        assert rest_of(index) == [0]
         others = [0, 1, 3, 4, 5, 6, 7]
         verdict = judge(replace(case, ranges=case.ranges[:, others]), out[:, others], *_rows_of(case, others))
         assert verdict.ok, verdict.message
@@ -262,7 +277,7 @@ def test_triton_sel_parity_of_shared_tiles_of_keys_that_are_selected_many_times(
         out, index = steps(plan, *inputs)
         verdict = judge(case, out, *inputs)
         assert verdict.ok, verdict.message
-        assert index.rest[: int(index.n_rest)].tolist() == ([] if times < 3 else [0])  # token 3 is in (0, 4) too
+        assert rest_of(index) == ([] if times < 3 else [0])  # token 3 is in (0, 4) too
 
 
 def _rows_of(case: Case, queries: list[int]) -> tuple[Tensor, ...]:
@@ -300,6 +315,7 @@ def test_no_gpu_shares_tiles_until_it_is_measured():
     assert shared_config.BREAK_EVEN == {}
     q, k, v, ranges = tensors(Case(MIXED, MIXED_S_KV))
     assert type(shared_launch.plan_for(q, k, v, ranges, None, None, None)) is launch.Plan
+    assert not nsa_sel.choose_route(q, k, v, ranges, backend="triton").shares
 
 
 @pytest.mark.public
@@ -316,6 +332,8 @@ def test_triton_sel_parity_of_shared_tiles_through_the_public_function(monkeypat
     plans = []
     run = SharedPlan.run
     monkeypatch.setattr(SharedPlan, "run", lambda plan, *args: plans.append(plan) or run(plan, *args))
+    assert nsa_sel.choose_route(q, k, v, ranges, max_len=3 * BLOCK, backend="triton").shares
+    assert not nsa_sel.choose_route(q[:, :1], k, v, ranges[:, :1], max_len=3 * BLOCK, backend="triton").shares
     for _ in range(2):  # the second finds the plan of the first
         out = nsa_sel.selection_attention(q, k, v, ranges, max_len=3 * BLOCK, backend="triton")
         verdict = judge(case, out, q, k, v, ranges)

@@ -182,15 +182,22 @@ FAULTS = [
     Fault(
         "the mask of a partial tile is off by one",
         "kernel/shared.py",
+        "last = tl.where(left != 0, 0, last)",
+        "last = tl.where(left != 0, 0, last - 1)",
+        SHARED + "in_prefill[local-dtype1]",
+    ),
+    Fault(
+        "the mask of a partial tile in which a query has several spans is off by one",
+        "kernel/shared_tiles.py",
         "held = bits_between((start - first_token)[:, None],",
         "held = bits_between((start - first_token + 1)[:, None],",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
     Fault(
         "a key that is selected twice weighs once",
-        "kernel/shared.py",
-        "tl.where(once, LOG2_3, 1.0)",
-        "0.0",
+        "kernel/shared_tiles.py",
+        "p *= times.to(tl.float32)",
+        "p *= 1.0",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
     Fault(

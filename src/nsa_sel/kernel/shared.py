@@ -10,107 +10,20 @@ Source: docs/kernel.md, "Shared tiles".
 import triton
 import triton.language as tl
 
-from .coverage import bits_between
 from .forward import SIZE_ARGS, STRIDE_ARGS, attend_row
 from .merge import LN_2
-from .tiles import dot, load_spans, load_tile, scores
+from .shared_tiles import (
+    attend_shared,
+    count_tokens,
+    has_nan,
+    load_rows,
+    load_spans_of_queries,
+    only_span,
+    store_rows,
+)
 
-LOG2_3 = tl.constexpr(1.584962500721156)
 SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count", "rest", "n_rest")
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
-
-
-@triton.jit
-def load_rows(q_ptr, offs_row, mask_row, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load columns [C·BLOCK_D, (C+1)·BLOCK_D) of a query tile's rows, with zeros outside mask_row and D."""
-    offs_d = C * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = mask_row[:, None] & (offs_d < D)[None, :]
-    return tl.load(q_ptr + offs_row[:, None] + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(out_ptr, offs_row, mask_row, acc, factor, C: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Write columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of a query tile's rows of the result, factor · acc."""
-    offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    mask = mask_row[:, None] & (offs_v < DV)[None, :]
-    tl.store(out_ptr + offs_row[:, None] + offs_v[None, :], (acc * factor[:, None]).to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def has_nan(acc):
-    """Tell whether any value of a block is NaN, as 0 or 1."""
-    return tl.max((acc != acc).to(tl.int32))
-
-
-@triton.jit
-def count_tokens(row_ptr, stride_rn, live, first_token, n_spans, S_kv, WORDS: tl.constexpr, UNROLL: tl.constexpr):
-    """Count how many spans of each row hold the tokens from first_token on, 32 tokens to a word: three [ROWS, WORDS].
-
-    In binary: a bit of the first is 1, of the second 2, of the third more than 3. Rows that are not `live` have none.
-    """
-    ones = tl.zeros([row_ptr.shape[0], WORDS], tl.int32)
-    twos = ones
-    more = ones
-    word = tl.arange(0, WORDS)[None, :]
-    for first_span in range(0, n_spans, UNROLL):
-        for i in tl.static_range(UNROLL):  # loads that do not depend on one another are in flight together
-            n = tl.where(live, first_span + i, n_spans)
-            start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, False)
-            held = bits_between((start - first_token)[:, None], (end - first_token)[:, None], word)
-            carry = ones & held
-            ones ^= held
-            more |= twos & carry
-            twos ^= carry
-    return ones, twos, more
-
-
-@triton.jit
-def each_bit(words, BITS: tl.constexpr):
-    """Return the lowest BITS of each word as values of their own: [ROWS, WORDS] gives [ROWS, WORDS · BITS]."""
-    bits = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
-    return tl.reshape(bits, [words.shape[0], words.shape[1] * BITS])
-
-
-@triton.jit
-def attend_shared(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v, chosen, bias,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
-    TMA: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Take one KV tile into the online softmax of a query tile; scale_log2 is positive.
-
-    Of a whole tile the rows `chosen` take every token, the others none: for them the maximum that is subtracted from
-    the scores is infinite, which costs nothing per score. Of a partial tile each row takes each token with log2 of how
-    often its query selects it, `bias`, -inf for never.
-    """
-    every_token = tl.arange(0, BLOCK_T) < BLOCK_T
-    s = scores(q0, q1, q2, q3, k, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
-    if PARTIAL:
-        s = tl.where(bias == float("-inf"), float("-inf"), s * scale_log2 + bias)
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - shift)
-        p = tl.exp2(s - shift[:, None])
-    else:
-        m_new = tl.where(chosen, tl.maximum(m_i, tl.max(s, 1) * scale_log2), m_i)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - shift)
-        shift = tl.where(chosen, shift, float("inf"))
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
-    v0 = load_tile(v, at_v, col_v, every_token, 0, DV, BLOCK_DV, TMA, False, False)
-    p = p.to(v0.dtype)
-    acc0 = dot(p, v0, acc0 * alpha[:, None])
-    if DV > BLOCK_DV:
-        v1 = load_tile(v, at_v, col_v, every_token, 1, DV, BLOCK_DV, TMA, False, False)
-        acc1 = dot(p, v1, acc1 * alpha[:, None])
-    if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, at_v, col_v, every_token, 2, DV, BLOCK_DV, TMA, False, False)
-        acc2 = dot(p, v2, acc2 * alpha[:, None])
-    if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, at_v, col_v, every_token, 3, DV, BLOCK_DV, TMA, False, False)
-        acc3 = dot(p, v3, acc3 * alpha[:, None])
-    return acc0, acc1, acc2, acc3, m_new, l_i
 
 
 @triton.jit(do_not_specialize=["S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
@@ -125,7 +38,7 @@ def _sel_shared(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
     COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
-    UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute query tile (b, s // TQ, g), if it shares: program (b · query tiles + s // TQ, g).
 
@@ -138,15 +51,22 @@ def _sel_shared(
     in which a query selects a key more than three times.
     """
     query_tiles = tl.cdiv(S, TQ)
-    first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ
+    first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ  # causal rows grow: the longest first
     b = (tl.program_id(0) // query_tiles).to(tl.int64)
     g = tl.program_id(1).to(tl.int64)
     query_tile = (b * query_tiles + first_query // TQ) * G + g
     n_whole = tl.load(count_ptr + 2 * query_tile)
     n_partial = tl.load(count_ptr + 2 * query_tile + 1)
+    tiles_at = tiles_ptr + query_tile * capacity
+    who_at = who_ptr + query_tile * capacity
+    tile = tl.load(tiles_at)
+    who = tl.load(who_at)
     if n_whole < 0:
         return
     ROWS: tl.constexpr = TQ * HEADS
+    s_q = (first_query + tl.arange(0, TQ)).to(tl.int64)
+    spans_at = ranges_ptr + b * stride_rb + s_q * stride_rs + g * stride_rg
+    start, end = load_spans_of_queries(spans_at, stride_rn.to(tl.int64), s_q < S, n_spans, S_kv, BLOCK_N)
     offs_row = tl.arange(0, ROWS)
     query = offs_row // HEADS
     h = offs_row % HEADS
@@ -184,10 +104,6 @@ def _sel_shared(
     desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
     if COLUMNS:
         desc_row = (b * stride_kb).to(tl.int32)
-    tiles_at = tiles_ptr + query_tile * capacity
-    who_at = who_ptr + query_tile * capacity
-    tile = tl.load(tiles_at)
-    who = tl.load(who_at)
     for i in range(0, n_whole):
         next_tile = tl.load(tiles_at + i + 1)  # a step ahead, so that no load of K and V waits for it
         next_who = tl.load(who_at + i + 1)
@@ -198,31 +114,52 @@ def _sel_shared(
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, False,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
         tile = next_tile
         who = next_who
 
-    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
-    WORDS: tl.constexpr = (BLOCK_T + 31) // 32
+    # Of a partial tile a query mostly has one span. Where it has more, the tile is left for a loop of its own.
     spoilt = 0
+    n_left = 0
+    tile = tl.load(tiles_at + (capacity - 1))
     for i in tl.range(0, n_partial, num_stages=PARTIAL_STAGES):
-        token = tl.load(tiles_at + (capacity - 1 - i)) * BLOCK_T
+        next_tile = tl.load(tiles_at + (capacity - 1 - tl.minimum(i + 1, n_partial - 1)))
+        token = tile * BLOCK_T
         at = desc_row + token
-        tokens = token + offs_t
-        ones, twos, more = count_tokens(row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, WORDS, UNROLL)
-        spoilt |= tl.max((more != 0).to(tl.int32))
-        once = each_bit(ones, BLOCK_T // WORDS) != 0
-        twice = each_bit(twos, BLOCK_T // WORDS) != 0
-        bias = tl.where(twice, tl.where(once, LOG2_3, 1.0), tl.where(once, 0.0, float("-inf")))
-        tokens = tl.minimum(tokens, S_kv - 1)
+        tokens = tl.minimum(token + offs_t, S_kv - 1)
+        first, last, most = only_span(start, end, token, HEADS, BLOCK_T)
+        left = (most > 1).to(tl.int32)
+        n_left += left
+        last = tl.where(left != 0, 0, last)
+        selects = (offs_t[None, :] >= first[:, None]) & (offs_t[None, :] < last[:, None])
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, bias,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, True,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, selects, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
+        tile = next_tile
+    if n_left > 0:
+        row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
+        for i in tl.range(0, n_partial, num_stages=1):
+            token = tl.load(tiles_at + (capacity - 1 - i)) * BLOCK_T
+            _, _, most = only_span(start, end, token, HEADS, BLOCK_T)
+            if most > 1:
+                at = desc_row + token
+                tokens = tl.minimum(token + offs_t, S_kv - 1)
+                times, more = count_tokens(
+                    row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, BLOCK_T, UNROLL
+                )
+                spoilt |= tl.max((more != 0).to(tl.int32))
+                acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
+                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+                    k_desc if TMA else k_row, v_desc if TMA else v_row,
+                    at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v,
+                    None, times > 0, times,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
+                )  # fmt: skip
 
     spoilt |= has_nan(acc0)
     if DV > BLOCK_DV:
