@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 import nsa_sel
 from nsa_sel import dispatch, reference
-from nsa_sel.bench.suite.cases import prefill_case
+from nsa_sel.bench.methods import contender, sharing
+from nsa_sel.bench.suite import cases as suite
 from nsa_sel.kernel import launch, shared_config, shared_launch
 from nsa_sel.kernel.coverage import PARTIAL_COST
 from nsa_sel.kernel.kv import lie_of
@@ -44,7 +46,7 @@ spoils = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWar
 
 def prefill(layout: str, first: int, last: int, S: int = 4 * BLOCK, L: int = 3 * BLOCK) -> Tensor:
     """Return the ranges of query tokens first to last - 1 of a prefill of S tokens, block by block of BLOCK."""
-    case = prefill_case("bf16", layout, 4, 32, 32, L, S, 1, block=BLOCK)
+    case = suite.prefill_case("bf16", layout, 4, 32, 32, L, S, 1, block=BLOCK)
     drawn = case.distribution.draw(case, torch.Generator().manual_seed(1))
     return drawn.view(case.B, case.S, case.G, case.n_spans, 2)[:, first:last].int()
 
@@ -339,6 +341,19 @@ def test_triton_sel_parity_of_shared_tiles_through_the_public_function(monkeypat
         verdict = judge(case, out, q, k, v, ranges)
         assert verdict.ok, verdict.message
     assert len(plans) == 2 and plans[0] is plans[1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its timer is one for a machine without a GPU")
+def test_what_is_found_of_a_timed_call_is_the_share_and_both_kernels_times(monkeypatch):
+    case = suite.Case("shared", "bf16", "kept9", 16, 64, 64, 3 * 16, 64, S=64, S_kv=64, block=16)
+    timer = SimpleNamespace(samples=lambda call: [call().isfinite().sum().item() * 1e-6] * 3)
+    state = contender.CaseState(case, timer)
+    found = sharing.figures(state)
+    assert found["shared"] is None
+    assert found["rows_us"] == found["tiles_us"] == pytest.approx(64 * 16 * 64), "what the timer says of each"
+    assert found["union"] == 1.5, "tiles of 32, of which the first 32 queries see one and the others two"
+    monkeypatch.setattr(sharing, "SHARED", "another family")
+    assert sharing.figures(state) == {"shared": None}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="captures a CUDA graph")
