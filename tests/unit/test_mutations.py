@@ -224,7 +224,7 @@ FAULTS = [
     Fault(
         "the rows of query tiles that do not share are not computed",
         "kernel/coverage.py",
-        "tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))",
+        'tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1, sem="relaxed"), query_tile.to(tl.int32))',
         "tl.store(rest_ptr, query_tile.to(tl.int32))",
         SHARED + "beside_rows_of_their_own[1.2]",
     ),

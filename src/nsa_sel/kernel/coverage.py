@@ -98,5 +98,5 @@ def _cover(
     n_whole = tl.where(shared, n_whole, -1)
     tl.store(count_ptr + 2 * query_tile, n_whole)
     tl.store(count_ptr + 2 * query_tile + 1, n_partial)
-    if n_whole < 0:
-        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))
+    if n_whole < 0:  # relaxed: who reads the list is a later kernel
+        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1, sem="relaxed"), query_tile.to(tl.int32))

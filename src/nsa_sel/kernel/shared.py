@@ -1,7 +1,7 @@
 """Kernels for neighbouring queries that share tiles of KV: those that share, and the rows of those that do not.
 
-`_sel_shared` computes one query tile: TQ queries times their heads are the rows of every product, and each KV tile in
-the list of the coverage index is read once. `_sel_rest` computes, row by row as `_sel_fwd` does, the query tiles that
+`_sel_shared` computes query tiles: TQ queries times their heads are the rows of every product, and each KV tile in the
+list of the coverage index is read once. `_sel_rest` computes, row by row as `_sel_fwd` does, the query tiles that
 are better left alone.
 Source: docs/kernel.md, "Shared tiles".
 """
@@ -26,11 +26,24 @@ SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
 
 
-@triton.jit(do_not_specialize=["S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
-def _sel_shared(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, rest_ptr, n_rest_ptr,
-    k_desc, v_desc,
-    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, capacity: tl.int32,
+@triton.jit
+def query_tile_at(i, tiles_of_group, S, G, TQ: tl.constexpr):
+    """Return b, first query, g and number of the query tile that is the i-th in order: group by group, last first.
+
+    Causal rows grow with s, so that the longest come first.
+    """
+    query_tiles = tl.cdiv(S, TQ)
+    t = query_tiles - 1 - i % query_tiles
+    b = (i % tiles_of_group // query_tiles).to(tl.int64)
+    g = (i // tiles_of_group).to(tl.int64)
+    return b, t * TQ, g, (b * query_tiles + t) * G + g
+
+
+@triton.jit
+def share_tile(
+    b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
+    scale_log2, S, G, S_kv, n_spans, capacity,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -40,29 +53,15 @@ def _sel_shared(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute query tile (b, s // TQ, g), if it shares: program (b · query tiles + s // TQ, g).
-
-    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
-    and COLUMNS as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
+    """Compute a query tile that shares; tile, who: the first of its list, and who selects from it.
 
     What only some queries select must not reach the others, and a weight of zero does not keep NaN or an infinity out.
     But then, and only then, can the product of a row that selects none of those be NaN, and what is NaN once stays it.
     So a query tile with any NaN in its result is appended to rest_ptr, and its rows are computed one by one. So is one
     in which a query selects a key more than three times.
     """
-    query_tiles = tl.cdiv(S, TQ)
-    first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ  # causal rows grow: the longest first
-    b = (tl.program_id(0) // query_tiles).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
-    query_tile = (b * query_tiles + first_query // TQ) * G + g
-    n_whole = tl.load(count_ptr + 2 * query_tile)
-    n_partial = tl.load(count_ptr + 2 * query_tile + 1)
     tiles_at = tiles_ptr + query_tile * capacity
     who_at = who_ptr + query_tile * capacity
-    tile = tl.load(tiles_at)
-    who = tl.load(who_at)
-    if n_whole < 0:
-        return
     ROWS: tl.constexpr = TQ * HEADS
     s_q = (first_query + tl.arange(0, TQ)).to(tl.int64)
     spans_at = ranges_ptr + b * stride_rb + s_q * stride_rs + g * stride_rg
@@ -169,7 +168,7 @@ def _sel_shared(
     if DV > 3 * BLOCK_DV:
         spoilt |= has_nan(acc3)
     if spoilt != 0:
-        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))
+        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1, sem="relaxed"), query_tile.to(tl.int32))
     else:
         denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
         out_row = ((b * S + s) * G + g) * H + h
@@ -183,6 +182,76 @@ def _sel_shared(
             store_rows(out_ptr, out_row * DV, mask_row, acc3, factor, 3, DV, BLOCK_DV)
         if lse_ptr is not None:
             tl.store(lse_ptr + out_row, (m_i + tl.log2(denom)) * LN_2, mask=mask_row)
+
+
+@triton.jit(do_not_specialize=["n_tiles", "S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
+def _sel_shared(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, rest_ptr, n_rest_ptr,
+    k_desc, v_desc,
+    scale_log2: tl.float32, n_tiles: tl.int32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    capacity: tl.int32,
+    stride_qb, stride_qs, stride_qg, stride_qh,
+    stride_kb, stride_kg, stride_kt,
+    stride_vb, stride_vg, stride_vt,
+    stride_rb, stride_rs, stride_rg, stride_rn,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
+    COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    IN_TURN: tl.constexpr,
+):  # fmt: skip
+    """Compute the n_tiles query tiles, as far as they share: program i the i-th, and IN_TURN the i + programs-th too.
+
+    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
+    and COLUMNS as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
+    """
+    tiles_of_group = n_tiles // G
+    b, first_query, g, query_tile = query_tile_at(tl.program_id(0), tiles_of_group, S, G, TQ)
+    n_whole = tl.load(count_ptr + 2 * query_tile)
+    n_partial = tl.load(count_ptr + 2 * query_tile + 1)
+    tile = tl.load(tiles_ptr + query_tile * capacity)
+    who = tl.load(who_ptr + query_tile * capacity)
+    if not IN_TURN:
+        if n_whole < 0:
+            return
+        share_tile(
+            b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
+            scale_log2, S, G, S_kv, n_spans, capacity,
+            stride_qb, stride_qs, stride_qg, stride_qh,
+            stride_kb, stride_kg, stride_kt,
+            stride_vb, stride_vg, stride_vt,
+            stride_rb, stride_rs, stride_rg, stride_rn,
+            H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
+            PARTIAL_STAGES,
+        )  # fmt: skip
+    else:
+        step = tl.num_programs(0)
+        for i in range(tl.program_id(0), n_tiles, step):
+            b, first_query, g, query_tile = query_tile_at(i, tiles_of_group, S, G, TQ)
+            # A step ahead, so that query tiles that do not share are soon passed.
+            _, _, _, next_one = query_tile_at(tl.minimum(i + step, n_tiles - 1), tiles_of_group, S, G, TQ)
+            next_whole = tl.load(count_ptr + 2 * next_one)
+            next_partial = tl.load(count_ptr + 2 * next_one + 1)
+            next_tile = tl.load(tiles_ptr + next_one * capacity)
+            next_who = tl.load(who_ptr + next_one * capacity)
+            if n_whole >= 0:
+                share_tile(
+                    b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr,
+                    k_desc, v_desc,
+                    scale_log2, S, G, S_kv, n_spans, capacity,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
+                    PARTIAL_STAGES,
+                )  # fmt: skip
+            n_whole = next_whole
+            n_partial = next_partial
+            tile = next_tile
+            who = next_who
 
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
@@ -206,8 +275,11 @@ def _sel_rest(
     """
     query_tiles = tl.cdiv(S, TQ)
     n_rows = tl.load(n_rest_ptr) * TQ
-    for i in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        query_tile = tl.load(rest_ptr + i // TQ).to(tl.int64)
+    step = tl.num_programs(0)
+    next_tile = tl.load(rest_ptr + tl.program_id(0) // TQ)
+    for i in range(tl.program_id(0), n_rows, step):
+        query_tile = next_tile.to(tl.int64)
+        next_tile = tl.load(rest_ptr + tl.minimum(i + step, n_rows - 1) // TQ)  # in flight while this row is computed
         g = query_tile % G
         s = query_tile // G % query_tiles * TQ + i % TQ
         b = query_tile // G // query_tiles

@@ -141,10 +141,10 @@ class SharedPlan(Plan):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
         self.TQ = TQ = shared.queries(H)
         self.query_tiles = B * -(-S // TQ) * G
-        grid = (self.query_tiles // G, G, 1)
-        self.start_cover = Start(_cover, grid, None, False)
+        programs = min(shared.programs * gpu_of(q.device).sm_count, self.query_tiles) or self.query_tiles
+        self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), None, False)
         of_shared, of_row = (shared.block_t, shared.block_d, shared.block_dv), (row.block_l, row.block_d, row.block_dv)
-        self.start_shared = Start(_sel_shared, grid, of_shared, shared.tma)
+        self.start_shared = Start(_sel_shared, (programs, 1, 1), of_shared, shared.tma)
         self.start_rest = Start(_sel_rest, (max(1, B * S * G // shared.rest_rows), 1, 1), of_row, self.tma)
         self.shared_options = {"num_warps": shared.num_warps, "num_stages": shared.num_stages}
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
@@ -193,7 +193,7 @@ class SharedPlan(Plan):
         others = {"S_kv": S_kv, "capacity": capacity, "break_even": self.shared.break_even}
         cover = self.values | others | constants
         shared = dict(zip(_sel_fwd.arg_names[len(TENSOR_ARGS) :], placed.arguments, strict=True))
-        shared |= {"capacity": capacity} | self.shared.constants(H, self.n_spans)
+        shared |= {"n_tiles": self.query_tiles, "capacity": capacity} | self.shared.constants(H, self.n_spans)
         return Passed(
             placed, capacity, tuple(starts[:4]), starts[4], constants["WORDS"],  # type: ignore[arg-type]
             tuple(cover[name] for name in _cover.arg_names[len(COVER_TENSORS) :]),
