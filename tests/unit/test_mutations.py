@@ -223,9 +223,9 @@ FAULTS = [
     ),
     Fault(
         "the rows of query tiles that do not share are not computed",
-        "kernel/coverage.py",
-        'tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1, sem="relaxed"), query_tile.to(tl.int32))',
-        "tl.store(rest_ptr, query_tile.to(tl.int32))",
+        "kernel/shared.py",
+        "if tl.load(count_ptr + 2 * query_tile) < 0:",
+        "if tl.load(count_ptr + 2 * query_tile) < -1:",
         SHARED + "beside_rows_of_their_own[1.2]",
     ),
 ]

@@ -19,30 +19,19 @@ from .shared_tiles import (
     load_rows,
     load_spans_of_queries,
     only_span,
+    query_tile_at,
+    row_at,
     store_rows,
 )
 
-SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count", "rest", "n_rest")
+SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count")
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
-
-
-@triton.jit
-def query_tile_at(i, tiles_of_group, S, G, TQ: tl.constexpr):
-    """Return b, first query, g and number of the query tile that is the i-th in order: group by group, last first.
-
-    Causal rows grow with s, so that the longest come first.
-    """
-    query_tiles = tl.cdiv(S, TQ)
-    t = query_tiles - 1 - i % query_tiles
-    b = (i % tiles_of_group // query_tiles).to(tl.int64)
-    g = (i // tiles_of_group).to(tl.int64)
-    return b, t * TQ, g, (b * query_tiles + t) * G + g
 
 
 @triton.jit
 def share_tile(
     b, first_query, g, query_tile, n_whole, n_partial, tile, who,
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
     scale_log2, S, G, S_kv, n_spans, capacity,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
@@ -57,8 +46,8 @@ def share_tile(
 
     What only some queries select must not reach the others, and a weight of zero does not keep NaN or an infinity out.
     But then, and only then, can the product of a row that selects none of those be NaN, and what is NaN once stays it.
-    So a query tile with any NaN in its result is appended to rest_ptr, and its rows are computed one by one. So is one
-    in which a query selects a key more than three times.
+    So a query tile with any NaN in its result does not share after all, which count_ptr then says, and its rows are
+    computed one by one. So are those of one in which a query selects a key more than three times.
     """
     tiles_at = tiles_ptr + query_tile * capacity
     who_at = who_ptr + query_tile * capacity
@@ -168,7 +157,7 @@ def share_tile(
     if DV > 3 * BLOCK_DV:
         spoilt |= has_nan(acc3)
     if spoilt != 0:
-        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1, sem="relaxed"), query_tile.to(tl.int32))
+        tl.store(count_ptr + 2 * query_tile, -1)
     else:
         denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
         out_row = ((b * S + s) * G + g) * H + h
@@ -186,8 +175,7 @@ def share_tile(
 
 @triton.jit(do_not_specialize=["n_tiles", "S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
 def _sel_shared(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, rest_ptr, n_rest_ptr,
-    k_desc, v_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
     scale_log2: tl.float32, n_tiles: tl.int32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
     capacity: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
@@ -203,7 +191,7 @@ def _sel_shared(
     """Compute the n_tiles query tiles, as far as they share: program i the i-th, and IN_TURN the i + programs-th too.
 
     Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
-    and COLUMNS as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
+    and COLUMNS as `_sel_fwd` takes them; tiles, who and count as `_cover` writes them.
     """
     tiles_of_group = n_tiles // G
     b, first_query, g, query_tile = query_tile_at(tl.program_id(0), tiles_of_group, S, G, TQ)
@@ -216,7 +204,7 @@ def _sel_shared(
             return
         share_tile(
             b, first_query, g, query_tile, n_whole, n_partial, tile, who,
-            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
+            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
             scale_log2, S, G, S_kv, n_spans, capacity,
             stride_qb, stride_qs, stride_qg, stride_qh,
             stride_kb, stride_kg, stride_kt,
@@ -238,8 +226,7 @@ def _sel_shared(
             if n_whole >= 0:
                 share_tile(
                     b, first_query, g, query_tile, n_whole, n_partial, tile, who,
-                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, rest_ptr, n_rest_ptr,
-                    k_desc, v_desc,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
                     scale_log2, S, G, S_kv, n_spans, capacity,
                     stride_qb, stride_qs, stride_qg, stride_qh,
                     stride_kb, stride_kg, stride_kt,
@@ -254,10 +241,11 @@ def _sel_shared(
             who = next_who
 
 
-@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+@triton.jit(do_not_specialize=["n_rows", *SIZE_ARGS, *STRIDE_ARGS])
 def _sel_rest(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
-    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, splits: tl.int32,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc,
+    n_rows: tl.int32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    splits: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -266,32 +254,30 @@ def _sel_rest(
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
-    SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, TQ: tl.constexpr,
+    SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+    TQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the rows of the query tiles in rest_ptr: program i takes row i, i + programs and so on.
+    """Compute those of the n_rows rows whose query tile does not share: program i takes row i, i + programs and so on.
 
-    The grid is sized for every row, and where most query tiles share, few of its programs find one: so there are fewer
-    programs than rows. The other arguments are those of `_sel_fwd`, without splits.
+    These are up to ROWS, a power of two, from all over the sequence: where few query tiles do not share, their rows lie
+    in different programs. The other arguments are those of `_sel_fwd`, without splits.
     """
-    query_tiles = tl.cdiv(S, TQ)
-    n_rows = tl.load(n_rest_ptr) * TQ
+    rows_of_group = n_rows // G
     step = tl.num_programs(0)
-    next_tile = tl.load(rest_ptr + tl.program_id(0) // TQ)
-    for i in range(tl.program_id(0), n_rows, step):
-        query_tile = next_tile.to(tl.int64)
-        next_tile = tl.load(rest_ptr + tl.minimum(i + step, n_rows - 1) // TQ)  # in flight while this row is computed
-        g = query_tile % G
-        s = query_tile // G % query_tiles * TQ + i % TQ
-        b = query_tile // G // query_tiles
-        if s < S:
-            attend_row(
-                b, s, g, 0, 0,
-                q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
-                scale_log2, S, G, S_kv, n_spans, splits,
-                stride_qb, stride_qs, stride_qg, stride_qh,
-                stride_kb, stride_kg, stride_kt,
-                stride_vb, stride_vg, stride_vt,
-                stride_rb, stride_rs, stride_rg, stride_rn,
-                H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
-                LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
-            )  # fmt: skip
+    each = tl.program_id(0) + tl.arange(0, ROWS) * step
+    _, _, _, of_each = row_at(each, rows_of_group, S, G, TQ)
+    if tl.min(tl.load(count_ptr + 2 * of_each, mask=each < n_rows, other=0)) < 0:
+        for i in range(tl.program_id(0), n_rows, step):
+            b, s, g, query_tile = row_at(i, rows_of_group, S, G, TQ)
+            if tl.load(count_ptr + 2 * query_tile) < 0:
+                attend_row(
+                    b, s, g, 0, 0,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
+                    scale_log2, S, G, S_kv, n_spans, splits,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+                )  # fmt: skip

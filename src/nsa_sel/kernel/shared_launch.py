@@ -20,7 +20,7 @@ from .device import INTERPRETED, call_of, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
 from .kv import MAX_TMA_ROWS, Placed, lie_of
 from .launch import Plan, count_launches, launch_for
-from .launch_config import LaunchConfig
+from .launch_config import LaunchConfig, next_power_of_2
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
 from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, MAX_SHARED_SPANS, SharedLaunch, choose
 from .start import Start
@@ -31,29 +31,28 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, 
 class Index(NamedTuple):
     """Hold the coverage index of a call, what `_cover` writes.
 
-    room: tiles, who, counts and rest of the query tiles, from the element in `starts` on. n_rest: a zero. capacity: the
-    places of a query tile's list. wide: `who` has 64 bits.
+    room: tiles, who and counts of the query tiles, from the element in `starts` on. capacity: the places of a query
+    tile's list. wide: `who` has 64 bits.
     """
 
     room: Tensor
-    n_rest: Tensor
-    starts: tuple[int, int, int, int]
+    starts: tuple[int, int, int]
     capacity: int
     wide: bool
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return tiles, who, counts, rest and n_rest."""
-        tiles, who, counts, rest = (
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tiles, who and counts."""
+        tiles, who, counts = (
             self.room[start:end] for start, end in zip(self.starts, (*self.starts[1:], None), strict=True)
         )
-        return tiles, who.view(torch.int64) if self.wide else who, counts, rest, self.n_rest
+        return tiles, who.view(torch.int64) if self.wide else who, counts
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Return where `tensors` lie."""
         at = self.room.data_ptr()
-        return *(at + 4 * start for start in self.starts), self.n_rest.data_ptr()
+        return tuple(at + 4 * start for start in self.starts)
 
 
 class Found(NamedTuple):
@@ -71,7 +70,7 @@ class Passed(NamedTuple):
 
     placed: Placed
     capacity: int
-    starts: tuple[int, int, int, int]
+    starts: tuple[int, int, int]
     length: int
     words: int
     cover: tuple
@@ -140,12 +139,12 @@ class SharedPlan(Plan):
         if problem := self._shared_problem(scale, D):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
         self.TQ = TQ = shared.queries(H)
-        self.query_tiles = B * -(-S // TQ) * G
+        self.n_rows, self.query_tiles = B * S * G, B * -(-S // TQ) * G
         programs = min(shared.programs * gpu_of(q.device).sm_count, self.query_tiles) or self.query_tiles
         self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), None, False)
         of_shared, of_row = (shared.block_t, shared.block_d, shared.block_dv), (row.block_l, row.block_d, row.block_dv)
         self.start_shared = Start(_sel_shared, (programs, 1, 1), of_shared, shared.tma)
-        self.start_rest = Start(_sel_rest, (max(1, B * S * G // shared.rest_rows), 1, 1), of_row, self.tma)
+        self.start_rest = Start(_sel_rest, (max(1, -(-self.n_rows // shared.rest_rows)), 1, 1), of_row, self.tma)
         self.shared_options = {"num_warps": shared.num_warps, "num_stages": shared.num_stages}
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
         self.most_listed = TQ * (max_len // shared.block_t + 2 * self.n_spans) if max_len is not None else None
@@ -184,7 +183,7 @@ class SharedPlan(Plan):
         S_kv = placed.lie[0][2]
         capacity = self.capacity(S_kv)
         places = self._index_places(capacity)
-        sizes = places, places * (2 if self.TQ > 32 else 1), 2 * self.query_tiles, self.query_tiles
+        sizes = places, places * (2 if self.TQ > 32 else 1), 2 * self.query_tiles
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + -(-size // 4) * 4)  # each begins at 16 bytes, as kernels are compiled for
@@ -195,10 +194,10 @@ class SharedPlan(Plan):
         shared = dict(zip(_sel_fwd.arg_names[len(TENSOR_ARGS) :], placed.arguments, strict=True))
         shared |= {"n_tiles": self.query_tiles, "capacity": capacity} | self.shared.constants(H, self.n_spans)
         return Passed(
-            placed, capacity, tuple(starts[:4]), starts[4], constants["WORDS"],  # type: ignore[arg-type]
+            placed, capacity, tuple(starts[:3]), starts[2] + sizes[2], constants["WORDS"],  # type: ignore[arg-type]
             tuple(cover[name] for name in _cover.arg_names[len(COVER_TENSORS) :]),
             tuple(shared[name] for name in _sel_shared.arg_names[len(SHARED_TENSORS) :]),
-            (*placed.arguments, self.TQ),
+            (self.n_rows, *placed.arguments, self.TQ, next_power_of_2(self.shared.rest_rows)),
         )  # fmt: skip
 
     def run(
@@ -244,13 +243,12 @@ class SharedPlan(Plan):
         self.attend((q, k, v, ranges, out, None), passed, index)
         counts = index.tensors[2][: 2 * self.query_tiles].view(-1, 2)
         listed = counts[counts[:, 0] >= 0].sum(1).float()
-        return Found(1 - int(index.n_rest) / self.query_tiles, listed.mean().item() if listed.numel() else 0.0)
+        return Found(len(listed) / self.query_tiles, listed.mean().item() if len(listed) else 0.0)
 
     def index(self, passed: Passed) -> Index:
         """Return room for the coverage index."""
         room = torch.empty(passed.length, dtype=torch.int32, device=self.device)
-        n_rest = torch.zeros(1, dtype=torch.int32, device=self.device)
-        return Index(room, n_rest, passed.starts, passed.capacity, self.TQ > 32)
+        return Index(room, passed.starts, passed.capacity, self.TQ > 32)
 
     def cover(self, ranges: Tensor, passed: Passed, index: Index) -> None:
         """Make the coverage index."""
@@ -282,8 +280,8 @@ class SharedPlan(Plan):
         """Compute the rows of the other query tiles."""
         self.start_rest(
             tensors[5] is None,
-            (*addresses(tensors), *index.addresses[3:]),
-            lambda: (*tensors, *index.tensors[3:]),
+            (*addresses(tensors), *index.addresses[2:]),
+            lambda: (*tensors, *index.tensors[2:]),
             passed.placed,
             passed.rest,
             self.options,

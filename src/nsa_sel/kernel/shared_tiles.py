@@ -1,4 +1,4 @@
-"""Device code of query tiles that share tiles of KV: rows, counts of tokens, and one step of the online softmax."""
+"""Device code of query tiles: their order and rows, the spans in a tile of KV, and one step of the online softmax."""
 
 # No `from __future__ import annotations` here: Triton 3.0 and 3.1 read the annotations as objects.
 import triton
@@ -6,6 +6,29 @@ import triton.language as tl
 
 from .coverage import bits_between
 from .tiles import dot, load_spans, load_tile, scores
+
+
+@triton.jit
+def query_tile_at(i, tiles_of_group, S, G, TQ: tl.constexpr):
+    """Return b, first query, g and number of the query tile that is the i-th in order: group by group, last first.
+
+    Causal rows grow with s, so that the longest come first.
+    """
+    query_tiles = tl.cdiv(S, TQ)
+    t = query_tiles - 1 - i % query_tiles
+    b = (i % tiles_of_group // query_tiles).to(tl.int64)
+    g = (i // tiles_of_group).to(tl.int64)
+    return b, t * TQ, g, (b * query_tiles + t) * G + g
+
+
+@triton.jit
+def row_at(i, rows_of_group, S, G, TQ: tl.constexpr):
+    """Return b, s and g of the row that is the i-th in order, and its query tile: group by group, the last first."""
+    x = i % rows_of_group
+    b = (x // S).to(tl.int64)
+    s = S - 1 - x % S
+    g = (i // rows_of_group).to(tl.int64)
+    return b, s.to(tl.int64), g, (b * tl.cdiv(S, TQ) + s // TQ) * G + g
 
 
 @triton.jit

@@ -133,7 +133,7 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
         starts = {
             "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, sharing.cover_options(passed)),
             "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared_options),
-            "_sel_rest": (sharing.start_rest, (*given, *index.tensors[3:]), passed.rest, sharing.options),
+            "_sel_rest": (sharing.start_rest, (*given, *index.tensors[2:]), passed.rest, sharing.options),
         }
         start, of_kernel, values, options = starts[variant.kernel]
         return start.kernel, (*of_kernel, *start.public(of_kernel, passed.placed), *values), options
