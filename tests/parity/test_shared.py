@@ -178,6 +178,15 @@ def test_a_plan_says_how_much_a_call_shares():
         assert plan.found(*inputs) == pytest.approx((share, listed))
 
 
+def test_an_index_that_is_too_large_is_not_made(monkeypatch):
+    monkeypatch.setattr(shared_launch, "MAX_INDEX_BYTES", 8)
+    plan, inputs = planned(case := Case(MIXED, MIXED_S_KV, **TQ4), shared(case))
+    monkeypatch.setattr(plan, "cover", lambda *asked: pytest.fail("the index was made"))
+    assert plan.found(*inputs) == (0, 0)
+    verdict = judge(case, plan.run(*inputs), *inputs)
+    assert verdict.ok, verdict.message
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ("local", "zipf", "random"))
 def test_triton_sel_parity_of_shared_tiles_in_prefill(layout, dtype):

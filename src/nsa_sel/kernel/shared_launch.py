@@ -236,8 +236,10 @@ class SharedPlan(Plan):
         return out
 
     def found(self, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Found:
-        """Say how much the query tiles of a call share, with a sync."""
-        passed = self.passed(self.places.find(lie_of(k, v)) or self.places.last)
+        """Say how much the query tiles share, of the tensors that this was planned for, with a sync."""
+        passed = self.passed(self.places.last)
+        if not passed.capacity:
+            return Found(0.0, 0.0)
         index, out = self.index(passed), torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
         self.cover(ranges, passed, index)
         self.attend((q, k, v, ranges, out, None), passed, index)
