@@ -8,12 +8,15 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Tests start Python a hundred times: what it has compiled once is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Without a GPU: the versions of constraints.txt. With one they would force another torch than the driver's: pip chooses.
 .venv/.installed: pyproject.toml constraints.txt
 	@echo 'Installing torch and the rest into .venv: some minutes'
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet $(if $(GPU),,-c constraints.txt) -e '.[bench,dev]'
+	.venv/bin/python -m pip install --quiet --no-compile $(if $(GPU),,-c constraints.txt) -e '.[bench,dev]'
+	.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # on all cores, which pip does on one
 	touch $@
 
 help: ## this list

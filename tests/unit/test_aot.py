@@ -67,20 +67,17 @@ def compile_only(monkeypatch, capsys):
     return compile_only
 
 
-@pytest.mark.parametrize(
-    ("variant", "problem"),
-    [
-        (LARGE, "104448 bytes of shared memory, the architecture has 101376"),
-        (INVALID, "CompilationError: .*exceeds triton maximum tensor numel.*"),
-        (SPILLING, r"spills \d+ bytes at a shape of the matrix"),
-    ],
-    ids=("large", "invalid", "spilling"),
-)
-def test_planted_fault_fails(compile_only, variant, problem):
-    code, (good, bad) = compile_only(GOOD, variant)
+def test_planted_faults_fail(compile_only):
+    code, (good, *bad) = compile_only(GOOD, LARGE, INVALID, SPILLING)
     assert code == 1
     assert good["problem"] is None
-    assert re.fullmatch(problem, bad["problem"], re.DOTALL), bad["problem"]
+    problems = (
+        "104448 bytes of shared memory, the architecture has 101376",
+        "CompilationError: .*exceeds triton maximum tensor numel.*",
+        r"spills \d+ bytes at a shape of the matrix",
+    )
+    for build, problem in zip(bad, problems, strict=True):
+        assert re.fullmatch(problem, build["problem"], re.DOTALL), build["problem"]
 
 
 def test_large_tiles_pass_where_they_fit_and_spills_where_they_are_only_shown(compile_only):
