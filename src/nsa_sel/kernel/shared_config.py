@@ -29,7 +29,8 @@ class SharedLaunch:
     block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
     over partial tiles. tma: K and V through descriptors. break_even: visits per KV tile from which on a query tile
     shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares. programs: of the shared
-    kernel for each SM, which take query tiles in turn; 0: one for each query tile.
+    kernel for each SM, which take query tiles in turn; 0: one for each query tile. max_registers: of its threads; 0: no
+    limit.
     """
 
     rows: int
@@ -43,13 +44,20 @@ class SharedLaunch:
     break_even: float = 0.0
     rest_rows: int = 4
     programs: int = 0
+    max_registers: int = 0
 
     def __str__(self) -> str:
         return (
             f"shared R{self.rows} BT{self.block_t} BD{self.block_d} BDV{self.block_dv} w{self.num_warps} "
             f"s{self.num_stages}+{self.partial_stages}{' tma' if self.tma else ''} x{self.break_even:g}"
-            f"{f' p{self.programs}' if self.programs else ''}"
+            f"{f' p{self.programs}' if self.programs else ''}{f' r{self.max_registers}' if self.max_registers else ''}"
         )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return what `_sel_shared` is compiled with."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def queries(self, H: int) -> int:
         """Return the queries of a query tile."""

@@ -145,7 +145,6 @@ class SharedPlan(Plan):
         of_shared, of_row = (shared.block_t, shared.block_d, shared.block_dv), (row.block_l, row.block_d, row.block_dv)
         self.start_shared = Start(_sel_shared, (programs, 1, 1), of_shared, shared.tma)
         self.start_rest = Start(_sel_rest, (max(1, -(-self.n_rows // shared.rest_rows)), 1, 1), of_row, self.tma)
-        self.shared_options = {"num_warps": shared.num_warps, "num_stages": shared.num_stages}
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
         self.most_listed = TQ * (max_len // shared.block_t + 2 * self.n_spans) if max_len is not None else None
         self.last_passed: Passed | None = None
@@ -275,7 +274,7 @@ class SharedPlan(Plan):
             lambda: (*tensors, *index.tensors),
             passed.placed,
             passed.shared,
-            self.shared_options,
+            self.shared.options,
         )
 
     def attend_rest(self, tensors: Tensors, passed: Passed, index: Index) -> None:

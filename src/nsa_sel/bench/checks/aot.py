@@ -132,7 +132,7 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
         index, given = sharing.index(passed), (q, k, v, ranges, tensor(1), lse)
         starts = {
             "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, sharing.cover_options(passed)),
-            "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared_options),
+            "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared.options),
             "_sel_rest": (sharing.start_rest, (*given, *index.tensors[2:]), passed.rest, sharing.options),
         }
         start, of_kernel, values, options = starts[variant.kernel]
