@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -247,6 +248,26 @@ def _unsupported_backward(q: Tensor, v: Tensor) -> str | None:
     from .kernel import backward_launch
 
     return backward_launch.unsupported_backward(q, v)
+
+
+def with_sharing(
+    chosen: Route,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    backend: str,
+    min_len: int | None,
+    max_len: int | None,
+) -> Route:
+    """Say also whether queries of a checked and routed call may share tiles."""
+    if chosen.backend != "triton":
+        return chosen
+    from .kernel.shared_launch import eligible
+
+    if backend == "auto" and max_len is None and q.numel():  # as the call itself then does
+        min_len, max_len = reference.length_bounds(ranges, k.shape[2])
+    return replace(chosen, shares=eligible(q, k, v, ranges, None, min_len, max_len) is not None)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:

@@ -16,10 +16,14 @@ BACKENDS = ("auto", "triton", "packed_sdpa", "masked_sdpa")
 
 @dataclass(frozen=True)
 class Route:
-    """Name the backend that runs a call, and the reason in one sentence."""
+    """Name the backend that runs a call, and the reason in one sentence.
+
+    shares: neighbouring queries may share tiles of K and V; which of them do is decided on the GPU, by their ranges.
+    """
 
     backend: str
     reason: str
+    shares: bool = False
 
 
 def decide(

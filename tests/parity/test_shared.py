@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 import nsa_sel
 from nsa_sel import dispatch, reference
-from nsa_sel.bench.suite.cases import prefill_case
+from nsa_sel.bench.methods import contender, sharing
+from nsa_sel.bench.suite import cases as suite
 from nsa_sel.kernel import launch, shared_config, shared_launch
 from nsa_sel.kernel.coverage import PARTIAL_COST
 from nsa_sel.kernel.kv import lie_of
@@ -44,7 +46,7 @@ spoils = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWar
 
 def prefill(layout: str, first: int, last: int, S: int = 4 * BLOCK, L: int = 3 * BLOCK) -> Tensor:
     """Return the ranges of query tokens first to last - 1 of a prefill of S tokens, block by block of BLOCK."""
-    case = prefill_case("bf16", layout, 4, 32, 32, L, S, 1, block=BLOCK)
+    case = suite.prefill_case("bf16", layout, 4, 32, 32, L, S, 1, block=BLOCK)
     drawn = case.distribution.draw(case, torch.Generator().manual_seed(1))
     return drawn.view(case.B, case.S, case.G, case.n_spans, 2)[:, first:last].int()
 
@@ -62,13 +64,19 @@ def planned(case: Case, launch: SharedLaunch, max_len: int | None = None) -> tup
 
 def steps(plan: SharedPlan, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> tuple[Tensor, Index]:
     """Run the three kernels one by one: the result, which begins as NaN, and the index, with what shared after all."""
-    index, placed = plan.index(plan.capacity(k.shape[2])), plan.places.last
+    passed = plan.passed(plan.places.last)
+    index = plan.index(passed)
     out = torch.full(plan.out_shape, float("nan"), dtype=q.dtype, device=q.device)
-    plan.cover(ranges, k.shape[2], index)
-    plan.attend((q, k, v, ranges, out, None), placed, index)
-    plan.attend_rest((q, k, v, ranges, out, None), placed, index)
+    plan.cover(ranges, passed, index)
+    plan.attend((q, k, v, ranges, out, None), passed, index)
+    plan.attend_rest((q, k, v, ranges, out, None), passed, index)
     launch.count_launches(3)
     return out, index
+
+
+def rest_of(index: Index) -> list[int]:
+    """Return the query tiles that are computed row by row."""
+    return (index.tensors[2][::2] < 0).nonzero().flatten().tolist()
 
 
 def check_shared(case: Case, config: SharedLaunch | None = None, max_len: int | None = None) -> Tensor:
@@ -113,22 +121,22 @@ def check_index(ranges: Tensor, S_kv: int, H: int, break_even: float = 0.0) -> l
     """Compare the index with plain Python; return which query tiles share."""
     case = Case(ranges, S_kv, H=H, D=16, Dv=16)
     plan, (q, k, v, on_device) = planned(case, shared(case, break_even=break_even))
-    index = plan.index(plan.capacity(S_kv))
-    plan.cover(on_device, S_kv, index)
+    passed = plan.passed(plan.places.last)
+    index = plan.index(passed)
+    plan.cover(on_device, passed, index)
+    found_tiles, found_who, counts = index.tensors
     places, shares = index.capacity, []
     for i, (whole, partial, visits) in enumerate(plain_index(ranges, S_kv, plan.TQ, plan.shared.block_t)):
-        n_whole, n_partial = index.counts[2 * i : 2 * i + 2].tolist()
+        n_whole, n_partial = counts[2 * i : 2 * i + 2].tolist()
         shares.append(n_whole >= 0)
         assert shares[-1] == (visits >= break_even * (len(whole) + PARTIAL_COST.value * len(partial)))
-        listed = index.tiles[i * places : (i + 1) * places].tolist()
-        who = [mask % 2**64 for mask in index.who[i * places : (i + 1) * places].tolist()]
+        listed = found_tiles[i * places : (i + 1) * places].tolist()
+        who = [mask % 2**64 for mask in found_who[i * places : (i + 1) * places].tolist()]
         who = [mask % 2**32 for mask in who] if plan.TQ <= 32 else who
         entries = list(zip(listed, who, strict=True))
         assert n_partial == len(partial) and entries[::-1][:n_partial] == partial
         if shares[-1]:
             assert n_whole == len(whole) and entries[:n_whole] == whole
-    rest = index.rest[: int(index.n_rest)].tolist()
-    assert sorted(rest) == [i for i, share in enumerate(shares) if not share]
     return shares
 
 
@@ -163,6 +171,22 @@ def test_a_query_tile_shares_from_the_break_even_on():
     assert check_index(ALIKE_AND_APART, 6 * BLOCK, H, 2.5) == [True, False, False]
 
 
+def test_a_plan_says_how_much_a_call_shares():
+    case = Case(ALIKE_AND_APART, 6 * BLOCK, H=here(16, 4), D=16, Dv=16)
+    for break_even, share, listed in ((0.0, 1, (2 + 4 + 1) / 3), (2.5, 1 / 3, 2), (9.0, 0, 0)):
+        plan, inputs = planned(case, shared(case, break_even=break_even))
+        assert plan.found(*inputs) == pytest.approx((share, listed))
+
+
+def test_an_index_that_is_too_large_is_not_made(monkeypatch):
+    monkeypatch.setattr(shared_launch, "MAX_INDEX_BYTES", 8)
+    plan, inputs = planned(case := Case(MIXED, MIXED_S_KV, **TQ4), shared(case))
+    monkeypatch.setattr(plan, "cover", lambda *asked: pytest.fail("the index was made"))
+    assert plan.found(*inputs) == (0, 0)
+    verdict = judge(case, plan.run(*inputs), *inputs)
+    assert verdict.ok, verdict.message
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ("local", "zipf", "random"))
 def test_triton_sel_parity_of_shared_tiles_in_prefill(layout, dtype):
@@ -178,6 +202,14 @@ def test_triton_sel_parity_of_shared_tiles_beside_rows_of_their_own(break_even):
     ranges = torch.cat((MIXED, rows(OUT_OF_RANGE)[:, :, :, :3], MIXED.flip(3), MIXED[:, :2]), 1)
     case = Case(ranges.repeat(2, 1, 2, 1, 1), MIXED_S_KV, **TQ4)
     check_shared(case, shared(case, break_even=break_even, rest_rows=3))
+
+
+def test_triton_sel_parity_of_shared_tiles_that_programs_take_in_turn():
+    ranges = torch.cat((MIXED, MIXED.flip(3), MIXED[:, :3]), 1).repeat(2, 1, 2, 1, 1)
+    case = Case(ranges, MIXED_S_KV, **TQ4)
+    plan, _ = planned(case, launch := shared(case, break_even=1.2, programs=1))
+    assert here(plan.query_tiles, 1) == plan.start_shared.grid[0] < here(plan.query_tiles + 1, plan.query_tiles)
+    check_shared(case, launch)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +263,7 @@ def test_triton_sel_parity_of_shared_tiles_twice_gives_the_same_bits():
     case = Case(ALIKE_AND_APART.repeat(1, 1, 3, 1, 1), 4 * BLOCK, H=here(16, 4), D=32, Dv=32)
     plan, inputs = planned(case, shared(case, break_even=2.5))
     out, index = steps(plan, *inputs)
-    assert int(index.n_rest) == 6 and judge(case, out, *inputs).ok
+    assert len(rest_of(index)) == 6 and judge(case, out, *inputs).ok
     assert all(torch.equal(steps(plan, *inputs)[0], out) for _ in range(here(20, 1)))
 
 
@@ -246,7 +278,7 @@ def test_triton_sel_parity_of_shared_tiles_keeps_apart_what_only_some_queries_se
         spoilt = replace(case, edit=f"{which}[:, :, {own}] = {value}")
         plan, inputs = planned(spoilt, shared(case))
         out, index = steps(plan, *inputs)
-        assert index.rest[: int(index.n_rest)].tolist() == [0]
+        assert rest_of(index) == [0]
         others = [0, 1, 3, 4, 5, 6, 7]
         verdict = judge(replace(case, ranges=case.ranges[:, others]), out[:, others], *_rows_of(case, others))
         assert verdict.ok, verdict.message
@@ -262,7 +294,7 @@ def test_triton_sel_parity_of_shared_tiles_of_keys_that_are_selected_many_times(
         out, index = steps(plan, *inputs)
         verdict = judge(case, out, *inputs)
         assert verdict.ok, verdict.message
-        assert index.rest[: int(index.n_rest)].tolist() == ([] if times < 3 else [0])  # token 3 is in (0, 4) too
+        assert rest_of(index) == ([] if times < 3 else [0])  # token 3 is in (0, 4) too
 
 
 def _rows_of(case: Case, queries: list[int]) -> tuple[Tensor, ...]:
@@ -282,7 +314,7 @@ def test_triton_sel_parity_of_shared_tiles_does_not_see_what_nobody_selects(tma)
         spoilt = replace(case, edit=f"k[:, :, {outside}] = v[:, :, {outside}] = {value}")
         again, index = steps(plan, *tensors(spoilt))
         assert judge(case, again, *inputs).ok
-        assert int(index.n_rest) == (0 if value == "1e4" else 2)
+        assert len(rest_of(index)) == (0 if value == "1e4" else 2)
         assert value != "1e4" or torch.equal(again, out)
 
 
@@ -300,6 +332,7 @@ def test_no_gpu_shares_tiles_until_it_is_measured():
     assert shared_config.BREAK_EVEN == {}
     q, k, v, ranges = tensors(Case(MIXED, MIXED_S_KV))
     assert type(shared_launch.plan_for(q, k, v, ranges, None, None, None)) is launch.Plan
+    assert not nsa_sel.choose_route(q, k, v, ranges, backend="triton").shares
 
 
 @pytest.mark.public
@@ -316,11 +349,26 @@ def test_triton_sel_parity_of_shared_tiles_through_the_public_function(monkeypat
     plans = []
     run = SharedPlan.run
     monkeypatch.setattr(SharedPlan, "run", lambda plan, *args: plans.append(plan) or run(plan, *args))
+    assert nsa_sel.choose_route(q, k, v, ranges, max_len=3 * BLOCK, backend="triton").shares
+    assert not nsa_sel.choose_route(q[:, :1], k, v, ranges[:, :1], max_len=3 * BLOCK, backend="triton").shares
     for _ in range(2):  # the second finds the plan of the first
         out = nsa_sel.selection_attention(q, k, v, ranges, max_len=3 * BLOCK, backend="triton")
         verdict = judge(case, out, q, k, v, ranges)
         assert verdict.ok, verdict.message
     assert len(plans) == 2 and plans[0] is plans[1]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its timer is one for a machine without a GPU")
+def test_what_is_found_of_a_timed_call_is_the_share_and_both_kernels_times(monkeypatch):
+    case = suite.Case("shared", "bf16", "kept9", 16, 64, 64, 3 * 16, 64, S=64, S_kv=64, block=16)
+    timer = SimpleNamespace(samples=lambda call: [call().isfinite().sum().item() * 1e-6] * 3)
+    state = contender.CaseState(case, timer)
+    found = sharing.figures(state)
+    assert found["shared"] is None
+    assert found["rows_us"] == found["tiles_us"] == pytest.approx(64 * 16 * 64), "what the timer says of each"
+    assert found["union"] == 1.5, "tiles of 32, of which the first 32 queries see one and the others two"
+    monkeypatch.setattr(sharing, "SHARED", "another family")
+    assert sharing.figures(state) == {"shared": None}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="captures a CUDA graph")

@@ -183,15 +183,22 @@ FAULTS = [
     Fault(
         "the mask of a partial tile is off by one",
         "kernel/shared.py",
+        "last = tl.where(left != 0, 0, last)",
+        "last = tl.where(left != 0, 0, last - 1)",
+        SHARED + "in_prefill[local-dtype1]",
+    ),
+    Fault(
+        "the mask of a partial tile in which a query has several spans is off by one",
+        "kernel/shared_tiles.py",
         "held = bits_between((start - first_token)[:, None],",
         "held = bits_between((start - first_token + 1)[:, None],",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
     Fault(
         "a key that is selected twice weighs once",
-        "kernel/shared.py",
-        "tl.where(once, LOG2_3, 1.0)",
-        "0.0",
+        "kernel/shared_tiles.py",
+        "p *= times.to(tl.float32)",
+        "p *= 1.0",
         SHARED + "beside_rows_of_their_own[0.0]",
     ),
     Fault(
@@ -217,9 +224,9 @@ FAULTS = [
     ),
     Fault(
         "the rows of query tiles that do not share are not computed",
-        "kernel/coverage.py",
-        "tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))",
-        "tl.store(rest_ptr, query_tile.to(tl.int32))",
+        "kernel/shared.py",
+        "if tl.load(count_ptr + 2 * query_tile) < 0:",
+        "if tl.load(count_ptr + 2 * query_tile) < -1:",
         SHARED + "beside_rows_of_their_own[1.2]",
     ),
     Fault(

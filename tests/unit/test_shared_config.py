@@ -44,6 +44,33 @@ def test_other_calls_are_computed_row_by_row(change, S, monkeypatch):
     assert choose(replace(PREFILL, **change), H200, S, 65_536) is None
 
 
+def test_two_queries_have_too_few_visits_however_many_pairs_there_are():
+    call = replace(PREFILL, N=4 * 2 * 512)
+    assert choose(replace(call, N=4 * 4 * 512), H200, 4, 1024) is not None
+    assert choose(call, H200, 2, 1024) is None
+
+
+def test_a_context_that_is_long_beside_what_a_row_selects_is_not_indexed():
+    assert choose(PREFILL, H200, 4096, 65_536) is not None
+    assert choose(PREFILL, H200, 4096, 131_072) is None
+
+
+def test_one_query_per_tile_has_nothing_to_share():
+    assert choose(replace(PREFILL, H=64), H200, 4096, 4096) is None
+
+
+def test_spans_shorter_than_a_tile_take_smaller_tiles():
+    assert default(PREFILL, H200, 2.5).block_t == 64
+    assert default(replace(PREFILL, n_spans=32), H200, 2.5).block_t == 32
+
+
+def test_a_launch_names_all_that_it_is_compiled_with():
+    launch = replace(default(PREFILL, H200, 2.5), programs=4, max_registers=168)
+    assert str(launch) == "shared R64 BT64 BD128 BDV128 w4 s3+2 tma x2.5 p4 r168"
+    assert launch.options == {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    assert "maxnreg" not in default(PREFILL, H200, 2.5).options
+
+
 def test_little_work_suffices_where_everything_is_selected():
     call = replace(PREFILL, N=1024 * 4)
     assert choose(call, H200, 1024, 1024) is not None

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .forward import STRIDE_ARGS
-from .shared import load_rows
+from .shared_tiles import load_rows
 from .tiles import dot, load_spans
 
 KEY_POINTERS = (

@@ -17,7 +17,7 @@ from .tiles import load_spans
 # What a partial tile costs in a query tile's walk, in whole tiles: its spans are read again and counted per token.
 # A guess, not measured.
 PARTIAL_COST = tl.constexpr(2.0)
-COVER_TENSORS = [f"{name}_ptr" for name in ("ranges", "tiles", "who", "count", "rest", "n_rest")]
+COVER_TENSORS = [f"{name}_ptr" for name in ("ranges", "tiles", "who", "count")]
 COVER_SIZES = ["S", "G", "S_kv", "n_spans", "capacity", "stride_rb", "stride_rs", "stride_rg", "stride_rn"]
 
 
@@ -35,7 +35,7 @@ def bits_between(first, last, word):
 
 @triton.jit(do_not_specialize=COVER_SIZES)
 def _cover(
-    ranges_ptr, tiles_ptr, who_ptr, count_ptr, rest_ptr, n_rest_ptr,
+    ranges_ptr, tiles_ptr, who_ptr, count_ptr,
     S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, capacity: tl.int32, break_even: tl.float32,
     stride_rb, stride_rs, stride_rg, stride_rn,
     TQ: tl.constexpr, BLOCK_T: tl.constexpr, WORDS: tl.constexpr, UNROLL: tl.constexpr,
@@ -45,8 +45,8 @@ def _cover(
     A query tile has `capacity` places in tiles_ptr (numbers of KV tiles) and who_ptr (bit q: query q selects from it).
     Its *whole* tiles, of which every query that selects from it selects each token once, stand in order from the first
     place on; its *partial* tiles, any others, in order from the last place back. count_ptr[2 · query tile]: how many
-    whole ones, and how many partial; or -1 where the queries share too little, `break_even` visits per tile, or the
-    list is longer than its places. Such a query tile is appended to rest_ptr, whose length is n_rest_ptr[0].
+    whole ones, or -1 where the queries share too little, `break_even` visits per tile, or the list is longer than its
+    places; and how many partial ones.
     """
     query_tiles = tl.cdiv(S, TQ)
     first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ  # causal rows grow: the longest first
@@ -95,8 +95,5 @@ def _cover(
         n_visits += tl.sum(visits, 0)
     cost = PARTIAL_COST * n_partial + n_whole
     shared = (n_visits >= break_even * cost) & (n_whole + n_partial <= capacity)
-    n_whole = tl.where(shared, n_whole, -1)
-    tl.store(count_ptr + 2 * query_tile, n_whole)
+    tl.store(count_ptr + 2 * query_tile, tl.where(shared, n_whole, -1))
     tl.store(count_ptr + 2 * query_tile + 1, n_partial)
-    if n_whole < 0:
-        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))

@@ -1,7 +1,7 @@
 """Kernels for neighbouring queries that share tiles of KV: those that share, and the rows of those that do not.
 
-`_sel_shared` computes one query tile: TQ queries times their heads are the rows of every product, and each KV tile in
-the list of the coverage index is read once. `_sel_rest` computes, row by row as `_sel_fwd` does, the query tiles that
+`_sel_shared` computes query tiles: TQ queries times their heads are the rows of every product, and each KV tile in the
+list of the coverage index is read once. `_sel_rest` computes, row by row as `_sel_fwd` does, the query tiles that
 are better left alone.
 Source: docs/kernel.md, "Shared tiles".
 """
@@ -10,114 +10,29 @@ Source: docs/kernel.md, "Shared tiles".
 import triton
 import triton.language as tl
 
-from .coverage import bits_between
 from .forward import SIZE_ARGS, STRIDE_ARGS, attend_row
 from .merge import LN_2
-from .tiles import dot, load_spans, load_tile, scores
+from .shared_tiles import (
+    attend_shared,
+    count_tokens,
+    has_nan,
+    load_rows,
+    load_spans_of_queries,
+    only_span,
+    query_tile_at,
+    row_at,
+    store_rows,
+)
 
-LOG2_3 = tl.constexpr(1.584962500721156)
-SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count", "rest", "n_rest")
+SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count")
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
 
 
 @triton.jit
-def load_rows(q_ptr, offs_row, mask_row, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load columns [C·BLOCK_D, (C+1)·BLOCK_D) of a query tile's rows, with zeros outside mask_row and D."""
-    offs_d = C * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = mask_row[:, None] & (offs_d < D)[None, :]
-    return tl.load(q_ptr + offs_row[:, None] + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(out_ptr, offs_row, mask_row, acc, factor, C: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Write columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of a query tile's rows of the result, factor · acc."""
-    offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    mask = mask_row[:, None] & (offs_v < DV)[None, :]
-    tl.store(out_ptr + offs_row[:, None] + offs_v[None, :], (acc * factor[:, None]).to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def has_nan(acc):
-    """Tell whether any value of a block is NaN, as 0 or 1."""
-    return tl.max((acc != acc).to(tl.int32))
-
-
-@triton.jit
-def count_tokens(row_ptr, stride_rn, live, first_token, n_spans, S_kv, WORDS: tl.constexpr, UNROLL: tl.constexpr):
-    """Count how many spans of each row hold the tokens from first_token on, 32 tokens to a word: three [ROWS, WORDS].
-
-    In binary: a bit of the first is 1, of the second 2, of the third more than 3. Rows that are not `live` have none.
-    """
-    ones = tl.zeros([row_ptr.shape[0], WORDS], tl.int32)
-    twos = ones
-    more = ones
-    word = tl.arange(0, WORDS)[None, :]
-    for first_span in range(0, n_spans, UNROLL):
-        for i in tl.static_range(UNROLL):  # loads that do not depend on one another are in flight together
-            n = tl.where(live, first_span + i, n_spans)
-            start, end = load_spans(row_ptr, stride_rn, n, n_spans, S_kv, False)
-            held = bits_between((start - first_token)[:, None], (end - first_token)[:, None], word)
-            carry = ones & held
-            ones ^= held
-            more |= twos & carry
-            twos ^= carry
-    return ones, twos, more
-
-
-@triton.jit
-def each_bit(words, BITS: tl.constexpr):
-    """Return the lowest BITS of each word as values of their own: [ROWS, WORDS] gives [ROWS, WORDS · BITS]."""
-    bits = (words[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
-    return tl.reshape(bits, [words.shape[0], words.shape[1] * BITS])
-
-
-@triton.jit
-def attend_shared(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v, chosen, bias,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
-    TMA: tl.constexpr, PARTIAL: tl.constexpr,
-):  # fmt: skip
-    """Take one KV tile into the online softmax of a query tile; scale_log2 is positive.
-
-    Of a whole tile the rows `chosen` take every token, the others none: for them the maximum that is subtracted from
-    the scores is infinite, which costs nothing per score. Of a partial tile each row takes each token with log2 of how
-    often its query selects it, `bias`, -inf for never.
-    """
-    every_token = tl.arange(0, BLOCK_T) < BLOCK_T
-    s = scores(q0, q1, q2, q3, k, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
-    if PARTIAL:
-        s = tl.where(bias == float("-inf"), float("-inf"), s * scale_log2 + bias)
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - shift)
-        p = tl.exp2(s - shift[:, None])
-    else:
-        m_new = tl.where(chosen, tl.maximum(m_i, tl.max(s, 1) * scale_log2), m_i)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - shift)
-        shift = tl.where(chosen, shift, float("inf"))
-        p = tl.exp2(s * scale_log2 - shift[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
-    v0 = load_tile(v, at_v, col_v, every_token, 0, DV, BLOCK_DV, TMA, False, False)
-    p = p.to(v0.dtype)
-    acc0 = dot(p, v0, acc0 * alpha[:, None])
-    if DV > BLOCK_DV:
-        v1 = load_tile(v, at_v, col_v, every_token, 1, DV, BLOCK_DV, TMA, False, False)
-        acc1 = dot(p, v1, acc1 * alpha[:, None])
-    if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, at_v, col_v, every_token, 2, DV, BLOCK_DV, TMA, False, False)
-        acc2 = dot(p, v2, acc2 * alpha[:, None])
-    if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, at_v, col_v, every_token, 3, DV, BLOCK_DV, TMA, False, False)
-        acc3 = dot(p, v3, acc3 * alpha[:, None])
-    return acc0, acc1, acc2, acc3, m_new, l_i
-
-
-@triton.jit(do_not_specialize=["S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
-def _sel_shared(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, rest_ptr, n_rest_ptr,
-    k_desc, v_desc,
-    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, capacity: tl.int32,
+def share_tile(
+    b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
+    scale_log2, S, G, S_kv, n_spans, capacity,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -125,28 +40,21 @@ def _sel_shared(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
     COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
-    UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute query tile (b, s // TQ, g), if it shares: program (b · query tiles + s // TQ, g).
-
-    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
-    and COLUMNS as `_sel_fwd` takes them; tiles, who, count and rest as `_cover` writes them.
+    """Compute a query tile that shares; tile, who: the first of its list, and who selects from it.
 
     What only some queries select must not reach the others, and a weight of zero does not keep NaN or an infinity out.
     But then, and only then, can the product of a row that selects none of those be NaN, and what is NaN once stays it.
-    So a query tile with any NaN in its result is appended to rest_ptr, and its rows are computed one by one. So is one
-    in which a query selects a key more than three times.
+    So a query tile with any NaN in its result does not share after all, which count_ptr then says, and its rows are
+    computed one by one. So are those of one in which a query selects a key more than three times.
     """
-    query_tiles = tl.cdiv(S, TQ)
-    first_query = (query_tiles - 1 - tl.program_id(0) % query_tiles) * TQ
-    b = (tl.program_id(0) // query_tiles).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
-    query_tile = (b * query_tiles + first_query // TQ) * G + g
-    n_whole = tl.load(count_ptr + 2 * query_tile)
-    n_partial = tl.load(count_ptr + 2 * query_tile + 1)
-    if n_whole < 0:
-        return
+    tiles_at = tiles_ptr + query_tile * capacity
+    who_at = who_ptr + query_tile * capacity
     ROWS: tl.constexpr = TQ * HEADS
+    s_q = (first_query + tl.arange(0, TQ)).to(tl.int64)
+    spans_at = ranges_ptr + b * stride_rb + s_q * stride_rs + g * stride_rg
+    start, end = load_spans_of_queries(spans_at, stride_rn.to(tl.int64), s_q < S, n_spans, S_kv, BLOCK_N)
     offs_row = tl.arange(0, ROWS)
     query = offs_row // HEADS
     h = offs_row % HEADS
@@ -184,10 +92,6 @@ def _sel_shared(
     desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
     if COLUMNS:
         desc_row = (b * stride_kb).to(tl.int32)
-    tiles_at = tiles_ptr + query_tile * capacity
-    who_at = who_ptr + query_tile * capacity
-    tile = tl.load(tiles_at)
-    who = tl.load(who_at)
     for i in range(0, n_whole):
         next_tile = tl.load(tiles_at + i + 1)  # a step ahead, so that no load of K and V waits for it
         next_who = tl.load(who_at + i + 1)
@@ -198,31 +102,52 @@ def _sel_shared(
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, False,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
         tile = next_tile
         who = next_who
 
-    row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
-    WORDS: tl.constexpr = (BLOCK_T + 31) // 32
+    # Of a partial tile a query mostly has one span. Where it has more, the tile is left for a loop of its own.
     spoilt = 0
+    n_left = 0
+    tile = tl.load(tiles_at + (capacity - 1))
     for i in tl.range(0, n_partial, num_stages=PARTIAL_STAGES):
-        token = tl.load(tiles_at + (capacity - 1 - i)) * BLOCK_T
+        next_tile = tl.load(tiles_at + (capacity - 1 - tl.minimum(i + 1, n_partial - 1)))
+        token = tile * BLOCK_T
         at = desc_row + token
-        tokens = token + offs_t
-        ones, twos, more = count_tokens(row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, WORDS, UNROLL)
-        spoilt |= tl.max((more != 0).to(tl.int32))
-        once = each_bit(ones, BLOCK_T // WORDS) != 0
-        twice = each_bit(twos, BLOCK_T // WORDS) != 0
-        bias = tl.where(twice, tl.where(once, LOG2_3, 1.0), tl.where(once, 0.0, float("-inf")))
-        tokens = tl.minimum(tokens, S_kv - 1)
+        tokens = tl.minimum(token + offs_t, S_kv - 1)
+        first, last, most = only_span(start, end, token, HEADS, BLOCK_T)
+        left = (most > 1).to(tl.int32)
+        n_left += left
+        last = tl.where(left != 0, 0, last)
+        selects = (offs_t[None, :] >= first[:, None]) & (offs_t[None, :] < last[:, None])
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
             q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, bias,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, True,
+            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, selects, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
+        tile = next_tile
+    if n_left > 0:
+        row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
+        for i in tl.range(0, n_partial, num_stages=1):
+            token = tl.load(tiles_at + (capacity - 1 - i)) * BLOCK_T
+            _, _, most = only_span(start, end, token, HEADS, BLOCK_T)
+            if most > 1:
+                at = desc_row + token
+                tokens = tl.minimum(token + offs_t, S_kv - 1)
+                times, more = count_tokens(
+                    row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, BLOCK_T, UNROLL
+                )
+                spoilt |= tl.max((more != 0).to(tl.int32))
+                acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
+                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+                    k_desc if TMA else k_row, v_desc if TMA else v_row,
+                    at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v,
+                    None, times > 0, times,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
+                )  # fmt: skip
 
     spoilt |= has_nan(acc0)
     if DV > BLOCK_DV:
@@ -232,7 +157,7 @@ def _sel_shared(
     if DV > 3 * BLOCK_DV:
         spoilt |= has_nan(acc3)
     if spoilt != 0:
-        tl.store(rest_ptr + tl.atomic_add(n_rest_ptr, 1), query_tile.to(tl.int32))
+        tl.store(count_ptr + 2 * query_tile, -1)
     else:
         denom = tl.where(l_i == 0, 1.0, l_i)  # a row without tokens gives zeros
         out_row = ((b * S + s) * G + g) * H + h
@@ -248,10 +173,79 @@ def _sel_shared(
             tl.store(lse_ptr + out_row, (m_i + tl.log2(denom)) * LN_2, mask=mask_row)
 
 
-@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+@triton.jit(do_not_specialize=["n_tiles", "S", "G", "S_kv", "n_spans", "capacity", *STRIDE_ARGS])
+def _sel_shared(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
+    scale_log2: tl.float32, n_tiles: tl.int32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    capacity: tl.int32,
+    stride_qb, stride_qs, stride_qg, stride_qh,
+    stride_kb, stride_kg, stride_kt,
+    stride_vb, stride_vg, stride_vt,
+    stride_rb, stride_rs, stride_rg, stride_rn,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
+    COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
+    IN_TURN: tl.constexpr,
+):  # fmt: skip
+    """Compute the n_tiles query tiles, as far as they share: program i the i-th, and IN_TURN the i + programs-th too.
+
+    Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
+    and COLUMNS as `_sel_fwd` takes them; tiles, who and count as `_cover` writes them.
+    """
+    tiles_of_group = n_tiles // G
+    b, first_query, g, query_tile = query_tile_at(tl.program_id(0), tiles_of_group, S, G, TQ)
+    n_whole = tl.load(count_ptr + 2 * query_tile)
+    n_partial = tl.load(count_ptr + 2 * query_tile + 1)
+    tile = tl.load(tiles_ptr + query_tile * capacity)
+    who = tl.load(who_ptr + query_tile * capacity)
+    if not IN_TURN:
+        if n_whole < 0:
+            return
+        share_tile(
+            b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
+            scale_log2, S, G, S_kv, n_spans, capacity,
+            stride_qb, stride_qs, stride_qg, stride_qh,
+            stride_kb, stride_kg, stride_kt,
+            stride_vb, stride_vg, stride_vt,
+            stride_rb, stride_rs, stride_rg, stride_rn,
+            H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
+            PARTIAL_STAGES,
+        )  # fmt: skip
+    else:
+        step = tl.num_programs(0)
+        for i in range(tl.program_id(0), n_tiles, step):
+            b, first_query, g, query_tile = query_tile_at(i, tiles_of_group, S, G, TQ)
+            # A step ahead, so that query tiles that do not share are soon passed.
+            _, _, _, next_one = query_tile_at(tl.minimum(i + step, n_tiles - 1), tiles_of_group, S, G, TQ)
+            next_whole = tl.load(count_ptr + 2 * next_one)
+            next_partial = tl.load(count_ptr + 2 * next_one + 1)
+            next_tile = tl.load(tiles_ptr + next_one * capacity)
+            next_who = tl.load(who_ptr + next_one * capacity)
+            if n_whole >= 0:
+                share_tile(
+                    b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
+                    scale_log2, S, G, S_kv, n_spans, capacity,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
+                    PARTIAL_STAGES,
+                )  # fmt: skip
+            n_whole = next_whole
+            n_partial = next_partial
+            tile = next_tile
+            who = next_who
+
+
+@triton.jit(do_not_specialize=["n_rows", *SIZE_ARGS, *STRIDE_ARGS])
 def _sel_rest(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, rest_ptr, n_rest_ptr, k_desc, v_desc,
-    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, splits: tl.int32,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc,
+    n_rows: tl.int32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    splits: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -260,29 +254,30 @@ def _sel_rest(
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
-    SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, TQ: tl.constexpr,
+    SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
+    TQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the rows of the query tiles in rest_ptr: program i takes row i, i + programs and so on.
+    """Compute those of the n_rows rows whose query tile does not share: program i takes row i, i + programs and so on.
 
-    The grid is sized for every row, and where most query tiles share, few of its programs find one: so there are fewer
-    programs than rows. The other arguments are those of `_sel_fwd`, without splits.
+    These are up to ROWS, a power of two, from all over the sequence: where few query tiles do not share, their rows lie
+    in different programs. The other arguments are those of `_sel_fwd`, without splits.
     """
-    query_tiles = tl.cdiv(S, TQ)
-    n_rows = tl.load(n_rest_ptr) * TQ
-    for i in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        query_tile = tl.load(rest_ptr + i // TQ).to(tl.int64)
-        g = query_tile % G
-        s = query_tile // G % query_tiles * TQ + i % TQ
-        b = query_tile // G // query_tiles
-        if s < S:
-            attend_row(
-                b, s, g, 0, 0,
-                q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
-                scale_log2, S, G, S_kv, n_spans, splits,
-                stride_qb, stride_qs, stride_qg, stride_qh,
-                stride_kb, stride_kg, stride_kt,
-                stride_vb, stride_vg, stride_vt,
-                stride_rb, stride_rs, stride_rg, stride_rn,
-                H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
-                LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
-            )  # fmt: skip
+    rows_of_group = n_rows // G
+    step = tl.num_programs(0)
+    each = tl.program_id(0) + tl.arange(0, ROWS) * step
+    _, _, _, of_each = row_at(each, rows_of_group, S, G, TQ)
+    if tl.min(tl.load(count_ptr + 2 * of_each, mask=each < n_rows, other=0)) < 0:
+        for i in range(tl.program_id(0), n_rows, step):
+            b, s, g, query_tile = row_at(i, rows_of_group, S, G, TQ)
+            if tl.load(count_ptr + 2 * query_tile) < 0:
+                attend_row(
+                    b, s, g, 0, 0,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
+                    scale_log2, S, G, S_kv, n_spans, splits,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+                )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .call import Call, Gpu
 from .kv import MAX_TMA_ROWS
-from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
+from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width, span_bucket
 
 # By GPU: from how many visits per KV tile on a query tile of 64 rows shares, with up to 16 heads; a visit of more heads
 # counts for more. Only GPUs named here share at all. None is yet: for an H200 the rates of both kernels suggest about
@@ -18,6 +18,7 @@ MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row 
 CERTAIN_WORK, UNCERTAIN_WORK = 2**20, 2**23
 MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
 SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
+LONGEST_CONTEXT = 64  # times max_len: the index of a row grows with its context, the row itself does not
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class SharedLaunch:
     rows: rows of a product, queries of a query tile times padded heads. block_t: tokens of a KV tile. block_d,
     block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
     over partial tiles. tma: K and V through descriptors. break_even: visits per KV tile from which on a query tile
-    shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares.
+    shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares. programs: of the shared
+    kernel for each SM, which take query tiles in turn; 0: one for each query tile. max_registers: of its threads; 0: no
+    limit.
     """
 
     rows: int
@@ -36,16 +39,25 @@ class SharedLaunch:
     block_dv: int
     num_warps: int
     num_stages: int
-    partial_stages: int = 1
+    partial_stages: int = 2
     tma: bool = False
     break_even: float = 0.0
     rest_rows: int = 4
+    programs: int = 0
+    max_registers: int = 0
 
     def __str__(self) -> str:
         return (
             f"shared R{self.rows} BT{self.block_t} BD{self.block_d} BDV{self.block_dv} w{self.num_warps} "
             f"s{self.num_stages}+{self.partial_stages}{' tma' if self.tma else ''} x{self.break_even:g}"
+            f"{f' p{self.programs}' if self.programs else ''}{f' r{self.max_registers}' if self.max_registers else ''}"
         )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return what `_sel_shared` is compiled with."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def queries(self, H: int) -> int:
         """Return the queries of a query tile."""
@@ -67,8 +79,10 @@ class SharedLaunch:
             "BLOCK_DV": self.block_dv,
             "BLOCK_T": self.block_t,
             "TMA": self.tma,
+            "BLOCK_N": span_bucket(n_spans),
             "UNROLL": min(next_power_of_2(n_spans), 8),
             "PARTIAL_STAGES": self.partial_stages,
+            "IN_TURN": self.programs > 0,
         }
 
     def cover_constants(self, H: int, n_spans: int, S_kv: int) -> dict[str, int]:
@@ -92,11 +106,13 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
         return None
     if call.n_spans > MAX_SHARED_SPANS or call.max_len < SHORTEST_SPANS * call.n_spans:
         return None
+    if S_kv > LONGEST_CONTEXT * call.max_len:
+        return None
     launch = default(call, gpu, break_even)
-    TQ = launch.queries(call.H)
-    certain = TQ * call.max_len >= launch.break_even * S_kv  # long rows share so much, whatever they select
-    query_tiles = call.N // S * -(-S // TQ)
-    if launch.break_even > TQ or query_tiles < 2 * gpu.sm_count:
+    queries = min(launch.queries(call.H), S)  # of a query tile
+    certain = queries * call.max_len >= launch.break_even * S_kv  # long rows share so much, whatever they select
+    query_tiles = call.N // S * -(-S // launch.queries(call.H))
+    if queries < max(2, launch.break_even) or query_tiles < 2 * gpu.sm_count:
         return None
     if call.N * call.max_len < (CERTAIN_WORK if certain else UNCERTAIN_WORK):
         return None
@@ -104,10 +120,11 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
 
 
 def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
-    """Return a launch of 64 rows and KV tiles of 64, with as many stages as shared memory holds."""
+    """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit."""
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
     break_even *= 16 / padded_heads(call.H)
-    launch = SharedLaunch(64, 64, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 1, tma, break_even)
+    block_t = 64 if call.max_len >= 64 * call.n_spans else 32
+    launch = SharedLaunch(64, block_t, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 2, tma, break_even)
     if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
         launch = replace(launch, rows=32, block_t=32, num_warps=8, num_stages=1)
     while launch.num_stages > 1 and shared_bytes(launch, call.D, call.Dv, call.element_bytes) > gpu.shared_bytes:

@@ -108,11 +108,9 @@ def _source(variant: Variant) -> tuple:
 
 def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
     """Return the kernel, the arguments that the launcher passes, on tensors without memory, and the options."""
-    from ...kernel.coverage import _cover
     from ...kernel.device import descriptor
     from ...kernel.forward import _sel_fwd
     from ...kernel.launch import Plan
-    from ...kernel.shared import _sel_rest, _sel_shared
     from ...kernel.shared_launch import SharedPlan
 
     H, D, Dv, config, tensors = variant.H, variant.D, variant.Dv, variant.config, variant.tensors
@@ -130,13 +128,15 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
     if variant.shared is not None:
         sharing = SharedPlan(q, k, v, ranges, None, None, None, variant.shared, config)
-        index, placed = sharing.index(1), sharing.places.last
-        given = (q, k, v, ranges, tensor(1), lse)
-        if variant.kernel == "_cover":
-            return _cover, *sharing.cover_arguments(ranges, S_kv, index)
-        if variant.kernel == "_sel_rest":
-            return _sel_rest, sharing.rest_arguments(given, placed, index), sharing.options
-        return _sel_shared, *sharing.shared_arguments(given, placed, index)
+        passed = sharing.passed(sharing.places.last)
+        index, given = sharing.index(passed), (q, k, v, ranges, tensor(1), lse)
+        starts = {
+            "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, sharing.cover_options(passed)),
+            "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared.options),
+            "_sel_rest": (sharing.start_rest, (*given, *index.tensors[2:]), passed.rest, sharing.options),
+        }
+        start, of_kernel, values, options = starts[variant.kernel]
+        return start.kernel, (*of_kernel, *start.public(of_kernel, passed.placed), *values), options
     if variant.backward is not None:
         return backward_called(variant, q, k, v, ranges)
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None

@@ -57,8 +57,9 @@ class Prepared:
     call: the timed call. result: turns its value into rows [N, H, Dv]. details: entries of extra_info that say what
     really runs. guard: the context in which it must run (the SDPA backend); it is entered once per measurement, since
     entering it costs host time. expected: what `CaseState.expect` gives for the spans that the method attends to, if
-    those are not the case's. repro: lines that a wrong result is shown with. verify: in place of all that, checks the
-    call's value and returns its error, or raises WrongResult.
+    those are not the case's. repro: lines that a wrong result is shown with. after: finds more entries of extra_info
+    once the call is timed. verify: in place of the gate, checks the call's value and returns its error, or raises
+    WrongResult.
     """
 
     call: Callable[[], Tensor]
@@ -67,6 +68,7 @@ class Prepared:
     guard: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     expected: tuple[Tensor, Tensor, Tensor] | None = None
     repro: str = ""
+    after: Callable[[], dict[str, float | None]] = dict
     verify: Callable[[Any], float] | None = None
 
 
