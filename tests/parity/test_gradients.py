@@ -48,6 +48,7 @@ def test_triton_sel_parity_of_gradients_of_any_width(H, D, Dv, dtype):
     check(Case(rows(SPANS, [(0, 64)], [(3, 30), (25, 70)]), SPANS_S_KV, H=H, D=D, Dv=Dv, dtype=dtype), whole=True)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize(("dtype", "with_lse"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_triton_sel_parity_of_gradients_where_tiles_are_shared_and_cut(dtype, with_lse):
     """36 queries, more than a word of the index has. All select the first tile, a second one and part of a third."""
