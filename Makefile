@@ -35,7 +35,7 @@ parity: $(INSTALLED) ## is the kernel right here? the parity suite alone
 	$(PY) -m pytest -q tests/parity
 
 # The CPU suite with the oldest torch and Triton supported, gigabytes of CUDA libraries included; for others
-# `make test-oldest OLDEST='torch==2.6.0 triton==3.2.0 numpy==2.2.6'`. Before Triton 3.6 its NumPy must be older than 2.4, and
+# `make test-oldest OLDEST='torch==2.6.0 triton==3.2.0 numpy==2.2.6'`. Before Triton 3.7 its NumPy must be older than 2.4, and
 # warns; before 3.4 there are no TMA descriptors to test.
 OLDEST ?= torch==2.4.0 triton==3.0.0 numpy==1.26.4
 OLD := .venv/oldest-$(shell echo '$(OLDEST)' | tr -c 'A-Za-z0-9.\n' '-')

@@ -24,6 +24,8 @@ MAX_SDPA_BATCH = 65535  # CUDA's limit on the grid dimension in which SDPA's ker
 # SDPA's memory-efficient kernel reads a mask from the wrong place where it has more keys, or where offsets in it need
 # more than 31 bits.
 MAX_MASK_KEYS, MAX_MASK = 65536, 2**31 - 1
+# Before torch 2.6, which can order SDPA's kernels, cuDNN's is not the first, and torch.compile cannot trace a choice.
+CUDNN_MAY_BE_FIRST = hasattr(torch._C, "_set_sdp_priority_order")
 
 
 def oracle(
@@ -176,10 +178,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
         and mask.shape[1] > 1
         and (mask.shape[2] > MAX_MASK_KEYS or mask.shape[1] * mask.shape[2] > MAX_MASK)
     )
-    with sdpa_kernel(SDPBackend.MATH) if wide or modes.transformed() else contextlib.nullcontext():
+    kernels: Any = contextlib.nullcontext()
+    if wide or modes.transformed():
+        kernels = sdpa_kernel(SDPBackend.MATH)
+    elif _cudnn_is_wrong(q, k, v):
+        others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled():  # the kill switch forbids it
+            others = [SDPBackend.FLASH_ATTENTION, *others]
+        kernels = sdpa_kernel(others)
+    with kernels:
         attn_mask = None if mask is None else mask[:, None]
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=attn_mask, scale=scale)
     return out[:, 0]
+
+
+def _cudnn_is_wrong(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether cuDNN might compute gradients: with a mask, or a single query, NaN where a row's LSE is below -88.
+
+    From torch 2.11 on its kernel is SDPA's first choice on Hopper.
+    """
+    half_on_gpu = q.device.type == "cuda" and q.element_size() == 2
+    allowed = torch.compiler.is_compiling() or torch.backends.cuda.cudnn_sdp_enabled()  # a caller may have chosen
+    return allowed and CUDNN_MAY_BE_FIRST and half_on_gpu and modes.needs_derivative(q, k, v)
 
 
 def _lse(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import nsa_sel
 from nsa_sel import reference, selection_attention
 
 ON_GPU = torch.cuda.is_available()
@@ -24,6 +27,12 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_differentiable = pytest.mark.parametrize("backend", SDPA)
 hinted_or_not = pytest.mark.parametrize("hints", HINTS, ids=("no_hints", "hints"))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that is to import this package, and what PYTHONPATH gives this process."""
+    folders = (str(Path(nsa_sel.__file__).parents[1]), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

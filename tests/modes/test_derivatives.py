@@ -18,8 +18,10 @@ from mode_case import (
     inputs,
     plain,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_sel import UnsupportedError, reference
@@ -242,6 +244,46 @@ def test_the_sum_over_rows_is_told_to_be_fp32(dtype):
     with Records():
         torch.autograd.grad(out.sum(), leaves)
     assert dtypes == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("heads", (1, 4))
+def test_gradients_of_scores_far_below_zero_are_finite(heads):
+    """Every score is near -120, and one row is shorter than the other."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 1, heads, 32, device=DEVICE) * 0.1
+    k, v = (torch.randn(1, 1, 64, 32, device=DEVICE) * size for size in (0.1, 1))
+    q[..., 0], k[..., 0] = 1, -120 * 32**0.5
+    leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    ranges = torch.tensor([[0, 64], [0, 63]], device=DEVICE).view(1, 2, 1, 1, 2)
+    out, lse = reference.packed_sdpa(*leaves, ranges, return_lse=True)
+    assert (lse < -88).all()
+    gradients = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.skipif(not reference.CUDNN_MAY_BE_FIRST, reason="SDPA's kernels have an order from torch 2.6 on")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("grad", (True, False))
+@pytest.mark.parametrize("flash", (True, False))
+def test_cudnn_computes_no_gradients(dtype, grad, flash, monkeypatch):
+    """On a GPU, in low precision. Whether flash attention may be taken stays as it was."""
+    allowed, judge, sdpa = [], reference._cudnn_is_wrong, torch.nn.functional.scaled_dot_product_attention
+
+    def on_gpu(x):
+        with FakeTensorMode():
+            return torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=x.requires_grad)
+
+    def recorded(*args, **more):
+        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return sdpa(*args, **more)
+
+    monkeypatch.setattr(reference, "_cudnn_is_wrong", lambda *x: judge(*map(on_gpu, x)))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    q, k, v, ranges = inputs(dtype)
+    every = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, *every] if flash else every):
+        reference.packed_sdpa(q.requires_grad_(grad), k, v, ranges)
+    assert allowed == [(not (grad and dtype == torch.bfloat16), flash)]
 
 
 @each_backend

@@ -10,13 +10,18 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from mode_case import (
+    BACKENDS,
+    ON_GPU,
+    SDPA,
     L,
     assert_right,
     call,
     each_backend,
     each_differentiable,
+    environment,
     hinted_or_not,
     inputs,
+    needs_gpu,
     plain,
 )
 from torch import Tensor
@@ -307,19 +312,23 @@ def test_export(backend, hints):
 # --- DTensor ---
 
 
-def test_dtensors_over_two_processes(tmp_path: Path):
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 2), pytest.param("cuda", 1, marks=needs_gpu)])
+def test_dtensors(device, processes, tmp_path: Path):
     """Sharded over B, S, G or H, or placed otherwise: as on one device, with gradients; else refused by name."""
     if not hasattr(pytest.importorskip("torch.distributed.tensor"), "DTensor"):
         pytest.skip("needs the DTensor of torch 2.5")
-    program = Path(__file__).with_name("two_processes.py")
+    program = Path(__file__).with_name("dtensor_process.py")
+    # Beside a GPU nothing says that Triton's interpreter gets along with the NumPy there.
+    backends = SDPA if ON_GPU and device == "cpu" else BACKENDS
     workers = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(tmp_path / "store")],
+            [sys.executable, str(program), device, str(rank), str(processes), str(tmp_path / "store"), *backends],
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(processes)
     ]
     for worker in workers:
         output, _ = worker.communicate(timeout=300)

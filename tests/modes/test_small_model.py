@@ -84,6 +84,7 @@ def test_eager_generation_with_a_growing_cache(trained):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of itself: of what it imports, of TF32, of its choices
 @torch.no_grad()
 def test_generation_under_reduce_overhead_with_a_cache_of_fixed_size(trained):
     """The ranges grow and the cache does not; max_len is a fixed bound."""

@@ -70,8 +70,8 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
         large = heads > 16 or columns > 256
         wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES  # four warps make one, from shared memory
         row = LaunchConfig("whole", min(short, 32 if large else 64), block_d, block_dv, 4, 2)
-        if tma:  # as in the forward: one warp per program, where its registers suffice
-            row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large else 1)
+        if tma:  # as in the forward: one warp per program, where its registers hold the row and its spans
+            row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large or call.n_spans > 64 else 1)
         warps = 4 if wide_products and columns <= 256 else 8
         launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, warps, 2, 0)
     return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)

@@ -1,16 +1,20 @@
-"""One of two processes that run the operation on DTensors and compare with one device: python FILE RANK STORE."""
+"""One of the processes that run the operation on DTensors and compare with one device.
+
+python FILE DEVICE RANK PROCESSES STORE BACKEND... with "cpu", on which Triton interprets, or "cuda" as DEVICE.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if sys.argv[1] == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import torch.distributed as dist
-from mode_case import BACKENDS, HINTS, inputs, plain
+from mode_case import HINTS, inputs, plain
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from nsa_sel import selection_attention
@@ -27,12 +31,13 @@ PLACES = [  # of q, of K and V, of ranges
 ]
 
 
-def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = DeviceMesh("cpu", [0, 1])
+def main(device: str, rank: int, processes: int, store: str, backends: list[str]) -> None:
+    group = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(group, init_method=f"file://{store}", rank=rank, world_size=processes)
+    mesh = DeviceMesh(device, list(range(processes)))
     q, k, v, ranges = inputs()
     for of_q, of_kv, of_ranges in PLACES:
-        for backend in BACKENDS:
+        for backend in backends:
             for hints in HINTS:
                 places = (of_q, of_kv, of_kv, of_ranges)
                 args = [distribute_tensor(x, mesh, [p]) for x, p in zip((q, k, v, ranges), places, strict=True)]
@@ -60,11 +65,11 @@ def main(rank: int, store: str) -> None:
         assert str(error).startswith("ranges: type is Tensor, expected DTensor"), error
     else:
         raise AssertionError("a tensor among DTensors was taken")
-    halves = DTensor.from_local(q / 2, mesh, [Partial()])
+    parts = DTensor.from_local(q / processes, mesh, [Partial()])
     whole = [distribute_tensor(x, mesh, [WHOLE]) for x in (k, v, ranges)]
-    torch.testing.assert_close(selection_attention(halves, *whole).full_tensor(), plain(q, k, v, ranges))
+    torch.testing.assert_close(selection_attention(parts, *whole).full_tensor(), plain(q, k, v, ranges))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
