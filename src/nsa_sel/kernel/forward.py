@@ -28,39 +28,22 @@ STRIDE_ARGS = [
 ]
 
 
-@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
-def _sel_fwd(
+@triton.jit
+def attend_row(
+    b, s, g, split, rank,
     q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
-    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, splits: tl.int32,
+    scale_log2, S, G, S_kv, n_spans, splits,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
     stride_rb, stride_rs, stride_rg, stride_rn,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
-    UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,         # what may be assumed
+    UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,                                # what may be assumed
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
 ):  # fmt: skip
-    """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
-
-    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. VIEW: K and V are parts of
-    a larger cache, of which the descriptors see all; stride_kb and stride_kg count its tokens instead. COLUMNS:
-    they are, and the groups of a token lie side by side in its row, so that stride_kg counts elements. QUERIES: S > 1.
-    WIDE: positions in a row, or offsets from its first token, take 64 bits. The parts of a row are runs of its tiles.
-    LATE_SUM: weights are summed over the threads once, after the loop. SPLIT (splits > 1): each part leaves its sums in
-    part_ptr, and the last to arrive merges them, by the counter count_ptr[row]. CLUSTER > 1: runs of so many parts are
-    thread-block clusters, whose programs merge BLOCK_M columns each; counters are count_ptr[row · CLUSTER + rank].
-    """
-    row = tl.program_id(0) // CLUSTER
-    s = 0
-    b = row.to(tl.int64)
-    if QUERIES:  # a division that decode and packed rows do without
-        s = (S - 1 - row % S).to(tl.int64)  # causal rows grow with s: the longest start first
-        b = (row // S).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
-    rank = tl.program_id(0) % CLUSTER
-    split = tl.program_id(2) * CLUSTER + rank
+    """Compute the selection attention of row (b, s, g), or one part of it; the rest as `_sel_fwd` takes it."""
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
@@ -196,3 +179,49 @@ def _sel_fwd(
                 out_at, lse_ptr, parts_at, count_ptr + out_row * CLUSTER, split, rank, splits,
                 H, DV, DV_PAD, PART, BLOCK_H, BLOCK_M, UNROLL, CLUSTER,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+def _sel_fwd(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
+    scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, splits: tl.int32,
+    stride_qb, stride_qs, stride_qg, stride_qh,
+    stride_kb, stride_kg, stride_kt,
+    stride_vb, stride_vg, stride_vt,
+    stride_rb, stride_rs, stride_rg, stride_rn,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
+    UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,         # what may be assumed
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
+):  # fmt: skip
+    """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
+
+    Strides of q, k and v come divided by UNIT, so that the compiler knows what divides them. VIEW: K and V are parts of
+    a larger cache, of which the descriptors see all; stride_kb and stride_kg count its tokens instead. COLUMNS:
+    they are, and the groups of a token lie side by side in its row, so that stride_kg counts elements. QUERIES: S > 1.
+    WIDE: positions in a row, or offsets from its first token, take 64 bits. The parts of a row are runs of its tiles.
+    LATE_SUM: weights are summed over the threads once, after the loop. SPLIT (splits > 1): each part leaves its sums in
+    part_ptr, and the last to arrive merges them, by the counter count_ptr[row]. CLUSTER > 1: runs of so many parts are
+    thread-block clusters, whose programs merge BLOCK_M columns each; counters are count_ptr[row · CLUSTER + rank].
+    """
+    row = tl.program_id(0) // CLUSTER
+    s = 0
+    b = row.to(tl.int64)
+    if QUERIES:  # a division that decode and packed rows do without
+        s = (S - 1 - row % S).to(tl.int64)  # causal rows grow with s: the longest start first
+        b = (row // S).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
+    rank = tl.program_id(0) % CLUSTER
+    split = tl.program_id(2) * CLUSTER + rank
+    attend_row(
+        b, s, g, split, rank,
+        q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
+        scale_log2, S, G, S_kv, n_spans, splits,
+        stride_qb, stride_qs, stride_qg, stride_qh,
+        stride_kb, stride_kg, stride_kt,
+        stride_vb, stride_vg, stride_vt,
+        stride_rb, stride_rs, stride_rg, stride_rn,
+        H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+        LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+    )  # fmt: skip

@@ -31,15 +31,26 @@ def launch_count() -> int:
     return _launches
 
 
+def count_launches(n: int) -> None:
+    """Add the launches of other kernels of this folder."""
+    global _launches
+    _launches += n
+
+
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
     """Say in one sentence why the kernel cannot run these (valid) tensors here; None if it can."""
-    H, D, Dv = q.shape[3], q.shape[4], v.shape[3]
     if not INTERPRETED and q.device.type != "cuda":
         return f"no CUDA device: the tensors are on {q.device}, and TRITON_INTERPRET is not set"
     if q.device.type == "cuda" and torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} has compute capability below 8.0"
+    return unsupported_sizes(q, k, v)
+
+
+def unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Say in one sentence for which size the kernel cannot run these tensors, on any GPU; None if it can."""
+    H, D, Dv = q.shape[3], q.shape[4], v.shape[3]
     if H > launch_config.MAX_HEADS:
         return f"H={H} is above {launch_config.MAX_HEADS}"
     for name, width in (("D", D), ("Dv", Dv)):
