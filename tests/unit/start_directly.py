@@ -27,7 +27,10 @@ LAUNCHES = [  # and whether with an LSE
     (LaunchConfig("gather", 16, 64, 64, 1, 1, splits=4), True),
     (LaunchConfig("tma", 16, 32, 64, 1, 1), False),
     (LaunchConfig("tma", 16, 64, 64, 1, 1, splits=4, cluster=2), True),
+    (LaunchConfig("tma", 16, 64, 32, 1, 1, narrow=True), False),  # descriptors of the last chunks besides
+    (LaunchConfig("tma", 16, 128, 64, 1, 1, narrow=True), False),  # of V's alone
 ]
+WIDTH = 80  # that no chunk divides
 calls: list[tuple] = []
 
 
@@ -66,9 +69,9 @@ def plain(x: Any) -> Any:
 def compare(config: LaunchConfig, with_lse: bool) -> str:
     """Launch twice, and once with a longer context; clusters, which the public launch does not have, directly alone."""
     calls.clear()
-    q, cache = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 3, 300, 64).bfloat16()
+    q, cache = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 3, 300, WIDTH).bfloat16()
     values, ranges = cache.clone(), torch.zeros(2, 2, 3, 5, 2, dtype=torch.int32)
-    out, lse = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
+    out, lse = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
     short, longer = ((cache[:, :, :t], values[:, :, :t]) for t in (256, 270))
     plan, fresh = (launch.Plan(q, *kv, ranges, None, None, None, config) for kv in (short, longer))
     for kv in (short, short, longer):

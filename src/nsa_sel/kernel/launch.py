@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +116,7 @@ class Plan:
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         self.tma = config.load == "tma"
+        self.boxes = config.boxes(D, Dv)
         lie = lie_of(k, v)
         of_q, of_ranges = ([0 if x.shape[i] == 1 else x.stride(i) for i in range(4)] for x in (q, ranges))
         self.token_strides = of_tokens = (k.stride(2), v.stride(2))
@@ -137,7 +139,7 @@ class Plan:
             **{f"stride_r{axis}": n for axis, n in zip("bsgn", of_ranges, strict=True)},
             **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
             **{"VIEW": view, "COLUMNS": matrices is not None and any(matrix.column for matrix in matrices)},
-            **config.constants(H, Dv, n_spans),
+            **config.constants(H, D, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
@@ -209,7 +211,7 @@ class Plan:
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
-            descriptors = (None, None)
+            descriptors = (None,) * len(self.boxes)
             if describe is not None:
                 at = (k_at, v_at, placed.rows)
                 descriptors = self.descriptors.get(at) or self._describe(describe, *at, placed.columns)
@@ -240,12 +242,11 @@ class Plan:
     ) -> Tensor:
         """Compile if need be, launch through Triton's public interface, and keep the direct way for later calls."""
         global _launches
-        k_desc = v_desc = None
+        descriptors: list[Any] = [None] * len(self.boxes)
         if self.tma:
             bind_context()
-            k_desc = descriptor(k, placed.rows, placed.columns[0], [self.config.block_l, self.config.block_d])
-            v_desc = descriptor(v, placed.rows, placed.columns[1], [self.config.block_l, self.config.block_dv])
-        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *placed.arguments)
+            descriptors = self.described(k, v, placed.rows, placed.columns)
+        arguments = (q, k, v, ranges, out, lse, parts, counters, *descriptors, *placed.arguments)
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
                 compiled = _sel_fwd.warmup(*arguments, grid=self.grid, **self.options)
@@ -267,9 +268,18 @@ class Plan:
             raise kernel_failed(self.config, error) from error
         return out
 
+    def described(self, k: Tensor, v: Tensor, rows: int, columns: tuple[int, int]) -> list[Any]:
+        """Return Triton's descriptors of K and V for the kernel's tiles, None for one that it does without."""
+        return [
+            None if width is None else descriptor(x, rows, n, [self.config.block_l, width])
+            for width, x, n in zip(self.boxes, (k, v, k, v), 2 * columns, strict=True)
+        ]
+
     def _describe(self, describe: Any, k_at: int, v_at: int, rows: int, columns: tuple[int, int]) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
         bind_context()
-        stride_k, stride_v = self.token_strides
-        made = *describe(k_at, rows, columns[0], stride_k, 0), *describe(v_at, rows, columns[1], stride_v, 1)
-        return remember(self.descriptors, (k_at, v_at, rows), made, MAX_KEPT)
+        made: list[Any] = []
+        which = itertools.count()  # of the descriptors that the kernel takes
+        for width, at, n, stride in zip(self.boxes, 2 * (k_at, v_at), 2 * columns, 2 * self.token_strides, strict=True):
+            made += (None,) if width is None else describe(at, rows, n, stride, next(which))
+        return remember(self.descriptors, (k_at, v_at, rows), tuple(made), MAX_KEPT)

@@ -85,7 +85,6 @@ def _source(variant: Variant) -> tuple:
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    from ...kernel.device import descriptor
     from ...kernel.forward import _sel_fwd
     from ...kernel.launch import Plan
 
@@ -105,13 +104,9 @@ def _source(variant: Variant) -> tuple:
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
-    descriptors = [None, None]
+    descriptors = [None] * len(plan.boxes)
     if plan.tma:
-        rows, columns = plan.places.last.rows, plan.places.last.columns
-        widths = config.block_d, config.block_dv
-        descriptors = [
-            descriptor(x, rows, n, [config.block_l, w]) for x, n, w in zip((k, v), columns, widths, strict=True)
-        ]
+        descriptors = plan.described(k, v, plan.places.last.rows, plan.places.last.columns)
     arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
 
     signature, constants, attributes = {}, {}, {}
