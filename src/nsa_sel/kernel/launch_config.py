@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 LOADS = ("gather", "whole", "tma")
 MAX_HEADS = 64
 MAX_WIDTH = 256  # of D and Dv
-SPAN_BUCKETS = (1, 8, 16, 64, 256, 1024)  # spans per row that kernels are compiled for: few sizes, few kernels
+SPAN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024)  # spans per row that kernels are compiled for: few sizes, few kernels
 MAX_SPANS = SPAN_BUCKETS[-1]
 MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
