@@ -18,7 +18,7 @@ from .backward_index import MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
 from .call import Call
-from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of
+from .device import INTERPRETED, bind_context, call_of, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
 from .kv import Placed, lie_of
 from .launch import Plan, count_launches
@@ -153,11 +153,7 @@ class BackwardPlan(Plan):
     ) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_sel_bwd_rows` in order, and its options."""
         q, k, v, _, out, lse, dout, dlse = saved
-        k_desc = v_desc = None
-        if self.tma:
-            row = self.backward.row
-            k_desc = descriptor(k, placed.rows, placed.columns[0], [row.block_l, row.block_d])
-            v_desc = descriptor(v, placed.rows, placed.columns[1], [row.block_l, row.block_dv])
+        k_desc, v_desc, _, _ = self.described(k, v, placed)  # its launches have no narrow last chunks
         values = self.values | self._placed(placed) | {"n_spans": ranges.shape[3]}
         in_order = [values[name] for name in _sel_bwd_rows.arg_names[len(ROW_TENSORS) :]]
         return [q, k, v, ranges, out, dout, lse, dlse, *results, k_desc, v_desc, *in_order], self.options

@@ -141,10 +141,11 @@ class SharedPlan(Plan):
         self.TQ = TQ = shared.queries(H)
         self.n_rows, self.query_tiles = B * S * G, B * -(-S // TQ) * G
         programs = min(shared.programs * gpu_of(q.device).sm_count, self.query_tiles) or self.query_tiles
-        self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), None, False)
-        of_shared, of_row = (shared.block_t, shared.block_d, shared.block_dv), (row.block_l, row.block_d, row.block_dv)
-        self.start_shared = Start(_sel_shared, (programs, 1, 1), of_shared, shared.tma)
-        self.start_rest = Start(_sel_rest, (max(1, -(-self.n_rows // shared.rest_rows)), 1, 1), of_row, self.tma)
+        self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), 0, (), False)
+        boxes = shared.block_d, shared.block_dv
+        self.start_shared = Start(_sel_shared, (programs, 1, 1), shared.block_t, boxes, shared.tma)
+        rest = max(1, -(-self.n_rows // shared.rest_rows)), 1, 1
+        self.start_rest = Start(_sel_rest, rest, row.block_l, self.boxes, self.tma)
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
         self.most_listed = TQ * (max_len // shared.block_t + 2 * self.n_spans) if max_len is not None else None
         self.last_passed: Passed | None = None

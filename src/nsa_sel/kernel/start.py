@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from . import direct
-from .device import INTERPRETED, bind_context, descriptor
+from .device import INTERPRETED, Boxes, bind_context, descriptors, direct_descriptors
 from .kv import MAX_KEPT, Placed, remember
 
 
 class Start:
     """Start one kernel of a plan: through Triton at first, and then directly where that works.
 
-    blocks: tokens and columns of the tiles of K and V that descriptors see; None without.
+    block_l, boxes: tokens and columns of the tiles of K and V that its descriptors see. tma: it is given those.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], blocks: tuple[int, int, int] | None, tma: bool) -> None:
-        self.kernel, self.grid, self.blocks, self.tma = kernel, grid, blocks, tma
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], block_l: int, boxes: Boxes, tma: bool) -> None:
+        self.kernel, self.grid, self.block_l, self.boxes, self.tma = kernel, grid, block_l, boxes, tma
         self.known: dict[Any, direct.Direct | None] = {}
         self.descriptors: dict[tuple, tuple] = {}
 
@@ -44,12 +44,12 @@ class Start:
                 self.known[kind] = direct.direct_launch(compiled)
             return
         launch, head, one_tuple, describe, _ = known
-        descriptors: tuple = () if self.blocks is None else (None, None)
+        described: tuple = (None,) * len(self.boxes)
         if describe is not None:
             at = pointers[1], pointers[2], placed.rows
-            descriptors = self.descriptors.get(at) or self._describe(describe, at, placed)
+            described = self.descriptors.get(at) or self._describe(describe, at, placed)
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-        arguments = (*pointers, *descriptors, *values)
+        arguments = (*pointers, *described, *values)
         if one_tuple:
             launch(*self.grid, stream, *head, arguments)
         else:
@@ -57,18 +57,11 @@ class Start:
 
     def public(self, tensors: tuple[Tensor | None, ...], placed: Placed) -> tuple:
         """Return the descriptors of K and V as Triton takes them; none where the kernel has no place for them."""
-        if self.blocks is None or not self.tma:
-            return () if self.blocks is None else (None, None)
-        tokens, *widths = self.blocks
-        return tuple(
-            descriptor(x, placed.rows, columns, [tokens, width])  # type: ignore[arg-type]
-            for x, columns, width in zip(tensors[1:3], placed.columns, widths, strict=True)
-        )
+        if not self.tma:
+            return (None,) * len(self.boxes)
+        return descriptors(tensors[1:3], placed.rows, placed.columns, self.block_l, self.boxes)  # type: ignore[arg-type]
 
     def _describe(self, describe: Any, at: tuple, placed: Placed) -> tuple:
-        bind_context()
         strides = placed.lie[2][2], placed.lie[3][2]
-        made: tuple = ()
-        for which, (columns, stride) in enumerate(zip(placed.columns, strides, strict=True)):
-            made += tuple(describe(at[which], placed.rows, columns, stride, which))
+        made = direct_descriptors(describe, at[:2], placed.rows, placed.columns, strides, self.boxes)
         return remember(self.descriptors, at, made, MAX_KEPT)

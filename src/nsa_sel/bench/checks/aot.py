@@ -108,7 +108,6 @@ def _source(variant: Variant) -> tuple:
 
 def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
     """Return the kernel, the arguments that the launcher passes, on tensors without memory, and the options."""
-    from ...kernel.device import descriptor
     from ...kernel.forward import _sel_fwd
     from ...kernel.launch import Plan
     from ...kernel.shared_launch import SharedPlan
@@ -142,14 +141,8 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
-    descriptors = [None, None]
-    if plan.tma:
-        rows, columns = plan.places.last.rows, plan.places.last.columns
-        widths = config.block_d, config.block_dv
-        descriptors = [
-            descriptor(x, rows, n, [config.block_l, w]) for x, n, w in zip((k, v), columns, widths, strict=True)
-        ]
-    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
+    placed = plan.places.last
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *plan.described(k, v, placed), *placed.arguments)
     return _sel_fwd, arguments, plan.options
 
 
