@@ -65,7 +65,8 @@ def token_index(ranges: Tensor, S_kv: int, max_len: int, *, ragged: bool = True)
                 + torch.where(spot[..., None] >= stops[..., None, :-1], jump[..., None, :], 0).sum(-1)
             )
         else:
-            span = torch.searchsorted(stops, spot.contiguous(), right=True).clamp(max=ranges.shape[3] - 1)
+            # Two limits: of a maximum alone, if it is a size, torch.jit.trace makes a tensor, on the CPU.
+            span = torch.searchsorted(stops, spot.contiguous(), right=True).clamp(0, ranges.shape[3] - 1)
             index = spot + shift.gather(-1, span)
     return index.clamp(0, S_kv - 1), valid
 

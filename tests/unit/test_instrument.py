@@ -231,6 +231,12 @@ def test_two_runs_are_too_few_for_a_second_look(runs_of_one_commit, capsys):
     assert "--slowed: needs three runs or more" in capsys.readouterr().err
 
 
+def test_a_table_of_noise_is_not_made_of_slowed_runs(runs_of_one_commit, capsys):
+    with pytest.raises(SystemExit):
+        instrument.main(["--noise", "noise.json", "--slowed", "0.15", *runs_of_one_commit])
+    assert "--slowed: not allowed with argument --noise" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("suspects", "code"), [(3, 0), (4, 1)])
 def test_more_than_a_suspect_per_ordered_pair_is_too_many(tmp_path, capsys, suspects, code):
     data = saved_runs.run(cases.matrix("hot"))

@@ -113,8 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="two or more runs of the same commit")
     parser.add_argument("--planted", type=Path, metavar="RUN.json", help="a run in which slow-downs were planted")
-    parser.add_argument("--slowed", type=float, metavar="SHARE", help="make a tenth slower by it; needs three runs")
-    parser.add_argument("--noise", type=Path, metavar="FILE", help="the table of noise that is written")
+    of_runs = parser.add_mutually_exclusive_group()
+    of_runs.add_argument("--slowed", type=float, metavar="SHARE", help="make a tenth slower by it; needs three runs")
+    of_runs.add_argument("--noise", type=Path, metavar="FILE", help="the table of noise that is written")
     args = parser.parse_args(argv)
     if len(args.runs) == 1 or not (args.runs or args.planted) or (args.noise and not args.runs):
         parser.error("give two runs or more, or --planted")
