@@ -42,6 +42,8 @@ def take_tile(
 
     Outside mask_l K must be a token of this row: a weight of zero times NaN is NaN.
     """
+    # V comes first: K is read for both of its products without a wait in between, so that neither is held in registers.
+    dp = scores(do0, do1, do2, do3, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
     zero = tl.zeros([q0.shape[0], mask_l.shape[0]], tl.float32)
     k0 = load_tile(k, at_k, col_k, mask_l, 0, D, BLOCK_D, TMA, False, False)
     k1 = k0
@@ -58,7 +60,6 @@ def take_tile(
         k3 = load_tile(k, at_k, col_k, mask_l, 3, D, BLOCK_D, TMA, False, False)
         s = dot(q3, tl.trans(k3), s)
     p = tl.exp2(s * scale_log2 - lse2[:, None])
-    dp = scores(do0, do1, do2, do3, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
     ds = p * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(mask_l[None, :], ds, 0.0)
