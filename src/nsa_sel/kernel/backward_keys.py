@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .backward_index import KINDS
-from .backward_products import add_batch, clear_rows, load_chunks, rows_not_finite, store_tokens
+from .backward_products import add_batch, clear_rows, load_both_ends, load_chunks, rows_not_finite, store_tokens
 from .forward import STRIDE_ARGS
-from .shared_tiles import load_spans_of_queries, only_span
+from .shared_tiles import only_span
 from .tiles import load_spans
 
 KEY_POINTERS = (
@@ -148,7 +148,7 @@ def _sel_bwd_keys(
             next_s = tl.load(list_ptr + at, mask=at < last, other=-1)
             at = i + QUERIES + number
             next_q = tl.load(list_ptr + at, mask=at < last, other=-1)
-            start, end = load_spans_of_queries(
+            start, end = load_both_ends(
                 row_ptr + of_query * stride_rs, stride_rn.to(tl.int64), of_query >= 0, n_spans, S_kv, BLOCK_N
             )
             after, until, _ = only_span(start, end, token, HEADS, BLOCK_T)

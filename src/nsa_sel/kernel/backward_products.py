@@ -95,6 +95,16 @@ def store_tokens(
 
 
 @triton.jit
+def load_both_ends(row_ptr, stride_rn, live, n_spans, S_kv, BLOCK_N: tl.constexpr):
+    """Load starts and ends of all spans of each query, as `load_spans_of_queries` does, in one load."""
+    offs_n = tl.arange(0, BLOCK_N)[None, :, None]
+    there = live[:, None, None] & (offs_n < n_spans) & (tl.arange(0, 2)[None, None, :] < 2)
+    ends = tl.load(row_ptr[:, None, None] + offs_n * stride_rn + tl.arange(0, 2)[None, None, :], mask=there, other=0)
+    start, end = tl.split(tl.minimum(tl.maximum(ends, 0), S_kv).to(tl.int32))
+    return start, tl.maximum(start, end)
+
+
+@triton.jit
 def add_batch(
     k0, k1, k2, k3, v0, v1, v2, v3, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3,
     q0, q1, q2, q3, do0, do1, do2, do3, stat, scale_log2, selected, times,
