@@ -30,8 +30,9 @@ KEY_POINTERS = (
     "chunks",
     "slot",
 )
-# Spans of a row that are all looked at at once; rows of more have no plain visits.
-MOST_SPANS = tl.constexpr(64)
+# Spans of a batch's rows that are looked at at once. Where a batch may have more there are no plain visits: in flight
+# they would take more registers and shared memory than there are, and batches of many rows are few.
+MOST_SPANS = tl.constexpr(512)
 KEY_TENSORS = [f"{name}_ptr" for name in (*KEY_POINTERS, "n_slots", "rows", "jobs")]
 
 
@@ -135,7 +136,7 @@ def _sel_bwd_keys(
     # Part of the tile, as one span: every causal query's own block.
     row_ptr = ranges_ptr + b * stride_rb + g * stride_rg
     number = tl.arange(0, QUERIES)
-    if BLOCK_N <= MOST_SPANS:
+    if QUERIES * BLOCK_N <= MOST_SPANS:
         begin = tl.maximum(lo, n_whole)
         stop = tl.minimum(hi, n_plain)
         last = tl.minimum(stop, room)
