@@ -201,9 +201,9 @@ class BackwardPlan(Plan):
         """Return the arguments of `_mark` in order, and its options."""
         words = min(next_power_of_2(-(-self.tiles // 32)), 4)
         unroll = min(next_power_of_2(ranges.shape[3]), 8)
-        values = self.values | {"S_kv": S_kv, "n_spans": ranges.shape[3]}
+        values: dict[str, Any] = self.values | {"S_kv": S_kv, "n_spans": ranges.shape[3]}
         in_order = [values[name] for name in MARK_SIZES]
-        plain = self.backward.queries(self.out_shape[3]) * self.values["BLOCK_N"] <= MOST_SPANS.value
+        plain = self.backward.queries(self.out_shape[3]) * values["BLOCK_N"] <= MOST_SPANS.value
         return [ranges, finite, marks, *in_order, plain, self.backward.block_t, words, unroll], {"num_warps": 4}
 
     def keys(
