@@ -236,7 +236,7 @@ def test_triton_sel_parity_of_gradients_writes_nothing_out_of_bounds_where_max_l
     plan = backward_launch.BackwardPlan(q, k, v, ranges, None, 1, 1, small())
     index = plan.index()
     room = torch.full((len(index.rows) + 64,), -7, dtype=torch.int32, device=q.device)
-    plan.make_index(ranges, 64, index._replace(rows=room))
+    plan.make_index(ranges, torch.zeros(6, device=q.device), 64, index._replace(rows=room))
     assert plan.capacity < 6 * 4 and (room[plan.capacity :] == -7).all() and (room[: plan.capacity] >= 0).all()
 
 
@@ -250,17 +250,21 @@ def test_triton_sel_parity_of_gradients_index_against_plain_python(slots):
     q, k, v, ranges = tensors(case)
     plan = backward_launch.BackwardPlan(q, k, v, ranges, None, None, None, small(slots=slots))
     index = plan.index()
-    plan.make_index(ranges, case.S_kv, index)
+    bad = [9, 13]  # queries that are not finite
+    finite = torch.zeros(len(spans), device=q.device)
+    finite[bad] = float("nan")
+    plan.make_index(ranges, finite, case.S_kv, index)
     used = 0
     listed = index.rows.tolist()
     for tile in range(4):
         first, last = 16 * tile, min(16 * tile + 16, 55)
         touching = [[(a, b) for a, b in row if a < last and b > first and a < b] for row in spans]
         whole = [s for s, own in enumerate(touching) if len(own) == 1 and own[0][0] <= first and own[0][1] >= last]
-        partial = [s for s, own in enumerate(touching) if own and s not in whole]
-        at, n = int(index.first[tile]), len(whole) + len(partial)
-        assert listed[at : at + n] == whole + partial
-        assert index.counts.view(-1, 2)[tile].tolist() == [len(whole), len(partial)]
+        plain = [s for s, own in enumerate(touching) if len(own) == 1 and s not in whole + bad]
+        other = [s for s, own in enumerate(touching) if own and s not in whole + plain]
+        at, n = int(index.first[tile]), len(whole) + len(plain) + len(other)
+        assert listed[at : at + n] == whole + plain + other
+        assert index.counts.view(-1, 3)[tile].tolist() == [len(whole), len(plain), len(other)]
         chunks = int(index.chunks[tile])
         if chunks > 1:
             assert int(index.slot[tile]) == used

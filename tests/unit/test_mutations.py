@@ -232,8 +232,8 @@ FAULTS = [
     Fault(
         "the gradients forget delta",
         "kernel/backward_rows.py",
-        "tl.store(delta_ptr + row * H + offs_h, delta,",
-        "tl.store(delta_ptr + row * H + offs_h, delta * 0,",
+        "tl.store(stat_at + 1, -delta,",
+        "tl.store(stat_at + 1, -delta * 0,",
         GRADIENTS + "of_any_width[3-48-16-dtype1]",
     ),
     Fault(
@@ -252,9 +252,9 @@ FAULTS = [
     ),
     Fault(
         "a key that is selected twice has the gradient of one that is selected once",
-        "kernel/backward_keys.py",
-        "p = tl.where(selected, p * weight, 0.0)",
-        "p = tl.where(selected, p, 0.0)",
+        "kernel/backward_products.py",
+        "p *= times",
+        "p *= tl.where(times > 0, 1.0, 0.0)",
         GRADIENTS + "of_any_width[3-48-16-dtype1]",
     ),
     Fault(
@@ -263,6 +263,20 @@ FAULTS = [
         "q0, q1, q2, q3 = clear_rows(q0, q1, q2, q3, bad)",
         "q0 = q0",
         GRADIENTS + "keeps_apart_a_row_that_is_not_finite[q-nan]",
+    ),
+    Fault(
+        "a row that is not finite is summed as if it were",
+        "kernel/backward_index.py",
+        "other = partly & (twice | odd[:, None])",
+        "other = partly & twice",
+        GRADIENTS + "keeps_apart_a_row_that_is_not_finite[dout-inf]",
+    ),
+    Fault(
+        "a query gives to the key behind its span",
+        "kernel/backward_keys.py",
+        "& (here[:, None] < until[None, :])",
+        "& (here[:, None] <= until[None, :])",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
     ),
     Fault(
         "the gradient of the LSE is left out",

@@ -9,9 +9,11 @@ Source: docs/kernel.md, "Backward pass".
 import triton
 import triton.language as tl
 
+from .backward_index import KINDS
+from .backward_products import add_batch, clear_rows, load_both_ends, load_chunks, rows_not_finite, store_tokens
 from .forward import STRIDE_ARGS
-from .shared_tiles import load_rows
-from .tiles import dot, load_spans
+from .shared_tiles import only_span
+from .tiles import load_spans
 
 KEY_POINTERS = (
     "q",
@@ -19,8 +21,7 @@ KEY_POINTERS = (
     "v",
     "ranges",
     "dout",
-    "delta",
-    "lse2",
+    "stat",
     "dk",
     "dv",
     "part",
@@ -29,95 +30,15 @@ KEY_POINTERS = (
     "chunks",
     "slot",
 )
+# Spans of a batch's rows that are looked at at once. Where a batch may have more there are no plain visits: in flight
+# they would take more registers and shared memory than there are, and batches of many rows are few.
+MOST_SPANS = tl.constexpr(512)
 KEY_TENSORS = [f"{name}_ptr" for name in (*KEY_POINTERS, "n_slots", "rows", "jobs")]
-
-
-@triton.jit
-def load_chunks(ptr, at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Load rows at `at` in four chunks of columns, with zeros outside mask; chunks past WIDTH repeat the first."""
-    x0 = load_rows(ptr, at, mask, 0, WIDTH, BLOCK)
-    x1 = x0
-    x2 = x0
-    x3 = x0
-    if WIDTH > BLOCK:
-        x1 = load_rows(ptr, at, mask, 1, WIDTH, BLOCK)
-    if WIDTH > 2 * BLOCK:
-        x2 = load_rows(ptr, at, mask, 2, WIDTH, BLOCK)
-    if WIDTH > 3 * BLOCK:
-        x3 = load_rows(ptr, at, mask, 3, WIDTH, BLOCK)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def inner(a0, a1, a2, a3, b0, b1, b2, b3, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply the rows of a with those of b: fp32 [rows of a, rows of b]."""
-    s = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], tl.float32))
-    if WIDTH > BLOCK:
-        s = dot(a1, tl.trans(b1), s)
-    if WIDTH > 2 * BLOCK:
-        s = dot(a2, tl.trans(b2), s)
-    if WIDTH > 3 * BLOCK:
-        s = dot(a3, tl.trans(b3), s)
-    return s
-
-
-@triton.jit
-def add_product(acc0, acc1, acc2, acc3, w, x0, x1, x2, x3, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Add w · x to the sums, chunk by chunk."""
-    w = w.to(x0.dtype)
-    acc0 = dot(w, x0, acc0)
-    if WIDTH > BLOCK:
-        acc1 = dot(w, x1, acc1)
-    if WIDTH > 2 * BLOCK:
-        acc2 = dot(w, x2, acc2)
-    if WIDTH > 3 * BLOCK:
-        acc3 = dot(w, x3, acc3)
-    return acc0, acc1, acc2, acc3
-
-
-@triton.jit
-def not_finite(x):
-    """Tell which rows of x hold NaN or an infinity, as 0 or 1."""
-    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1), 1)
-
-
-@triton.jit
-def rows_not_finite(x0, x1, x2, x3, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tell which rows hold NaN or an infinity in any chunk, as 0 or 1."""
-    bad = not_finite(x0)
-    if WIDTH > BLOCK:
-        bad |= not_finite(x1)
-    if WIDTH > 2 * BLOCK:
-        bad |= not_finite(x2)
-    if WIDTH > 3 * BLOCK:
-        bad |= not_finite(x3)
-    return bad
-
-
-@triton.jit
-def clear_rows(x0, x1, x2, x3, bad):
-    """Put zeros in place of the rows `bad`."""
-    good = (bad == 0)[:, None]
-    return tl.where(good, x0, 0.0), tl.where(good, x1, 0.0), tl.where(good, x2, 0.0), tl.where(good, x3, 0.0)
-
-
-@triton.jit
-def store_tokens(
-    ptr, acc0, acc1, acc2, acc3, offs_t, mask_t, factor, STEP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write factor · acc, a row of STEP values per token."""
-    for C in tl.static_range(4):
-        if C * BLOCK < WIDTH:
-            acc = acc0 if C == 0 else acc1 if C == 1 else acc2 if C == 2 else acc3
-            offs = C * BLOCK + tl.arange(0, BLOCK)
-            mask = mask_t[:, None] & (offs < WIDTH)[None, :]
-            at = offs_t.to(tl.int64)[:, None] * STEP + offs[None, :]
-            tl.store(ptr + at, (acc * factor).to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "G", "S_kv", "n_spans", "slots", "capacity", *STRIDE_ARGS])
 def _sel_bwd_keys(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, dout_ptr, delta_ptr, lse2_ptr, dk_ptr, dv_ptr, part_ptr,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, dout_ptr, stat_ptr, dk_ptr, dv_ptr, part_ptr,
     count_ptr, first_ptr, chunks_ptr, slot_ptr, n_slots_ptr, rows_ptr, jobs_ptr,
     scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
     slots: tl.int32, capacity: tl.int64,
@@ -127,7 +48,7 @@ def _sel_bwd_keys(
     stride_rb, stride_rs, stride_rg, stride_rn,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, VIEW: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE_Q: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sum dK and dV of a KV tile, or one chunk of it: programs 0 to slots − 1 are chunks, the others tiles in order.
 
@@ -135,8 +56,9 @@ def _sel_bwd_keys(
     contiguous [B, G, S_kv, ·]. part_ptr fp32 [slots, BLOCK_T, D + DV]. The index is that of backward_index.py.
 
     Sums over rows would carry a NaN or infinity of one row's q or dO, times its zero weights, into tokens that it does
-    not select. Of a whole tile a row selects every token; in a partial one such rows are left out of the sums, and the
-    tokens that they select become NaN. WIDE_Q: offsets in q or dO from the first row of (b, g) take 64 bits.
+    not select. Of a whole tile a row selects every token, and a plain visit is of a row that is finite; among the other
+    visits such rows are left out of the sums, and the tokens that they select become NaN. WIDE_Q: offsets in q or dO
+    from the first row of (b, g) take 64 bits.
     """
     step: tl.constexpr = tl.int64 if WIDE_Q else tl.int32
     ROWS: tl.constexpr = HEADS * QUERIES
@@ -155,16 +77,19 @@ def _sel_bwd_keys(
     bg = (idx // tiles).to(tl.int64)
     b = bg // G
     g = bg % G
-    n_whole = tl.load(count_ptr + 2 * idx)
-    n_all = n_whole + tl.load(count_ptr + 2 * idx + 1)
+    n_whole = tl.load(count_ptr + KINDS * idx)
+    n_plain = n_whole + tl.load(count_ptr + KINDS * idx + 1)
+    n_all = n_plain + tl.load(count_ptr + KINDS * idx + 2)
     size = tl.cdiv(n_all, n_chunks)
     lo = chunk * size
     hi = tl.minimum(lo + size, n_all)
-    list_ptr = rows_ptr + tl.load(first_ptr + idx)
-    room = capacity - tl.load(first_ptr + idx)
+    first = tl.load(first_ptr + idx)
+    list_ptr = rows_ptr + first
+    room = tl.minimum(tl.maximum(capacity - first, 0), n_all).to(tl.int32)
 
     token = (idx % tiles) * BLOCK_T
-    offs_t = token + tl.arange(0, BLOCK_T)
+    here = tl.arange(0, BLOCK_T)
+    offs_t = token + here
     mask_t = offs_t < S_kv
     k_row = k_ptr + (b * stride_kb + g * stride_kg) * (stride_kt.to(tl.int64) * UNIT if VIEW else UNIT)
     v_row = v_ptr + (b * stride_vb + g * stride_vg) * UNIT
@@ -189,31 +114,60 @@ def _sel_bwd_keys(
     q_row = q_ptr + (b * stride_qb + g * stride_qg) * UNIT
     first_row = (b * S * G + g) * H
     dout_ptr += first_row * DV
-    delta_ptr += first_row
-    lse2_ptr += first_row
-    last = tl.minimum(tl.minimum(hi, n_whole).to(tl.int64), room)
+    stat_ptr += first_row * 2
+    both = tl.arange(0, 2)[None, :]
+    stop = tl.minimum(hi, n_whole)
+    last = tl.minimum(stop, room)
     next_s = tl.load(list_ptr + lo + query, mask=lo + query < last, other=-1)
-    for i in range(lo, tl.minimum(hi, n_whole), QUERIES):
+    for i in range(lo, stop, QUERIES):
         s = next_s.to(step)
         at = i + QUERIES + query
         next_s = tl.load(list_ptr + at, mask=at < last, other=-1)  # a step ahead: no load of q and dO waits for it
         live = (s >= 0) & (h < H)
-        q_at = s * step_qs + h * step_qh
         row = s * (G * H) + h
-        q0, q1, q2, q3 = load_chunks(q_row, q_at, live, D, BLOCK_D)
+        q0, q1, q2, q3 = load_chunks(q_row, s * step_qs + h * step_qh, live, D, BLOCK_D)
         do0, do1, do2, do3 = load_chunks(dout_ptr, row * DV, live, DV, BLOCK_DV)
-        lse2 = tl.load(lse2_ptr + row, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + row, mask=live, other=0.0)
-        p = tl.exp2(inner(k0, k1, k2, k3, q0, q1, q2, q3, D, BLOCK_D) * scale_log2 - lse2[None, :])
-        dv0, dv1, dv2, dv3 = add_product(dv0, dv1, dv2, dv3, p, do0, do1, do2, do3, DV, BLOCK_DV)
-        ds = p * (inner(v0, v1, v2, v3, do0, do1, do2, do3, DV, BLOCK_DV) - delta[None, :])
-        dk0, dk1, dk2, dk3 = add_product(dk0, dk1, dk2, dk3, ds, q0, q1, q2, q3, D, BLOCK_D)
+        stat = tl.load(stat_ptr + row[:, None] * 2 + both, mask=live[:, None], other=0.0)
+        dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3 = add_batch(
+            k0, k1, k2, k3, v0, v1, v2, v3, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3,
+            q0, q1, q2, q3, do0, do1, do2, do3, stat, scale_log2, None, None, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
+    # Part of the tile, as one span: every causal query's own block.
     row_ptr = ranges_ptr + b * stride_rb + g * stride_rg
-    last = tl.minimum(hi.to(tl.int64), room)
+    number = tl.arange(0, QUERIES)
+    if QUERIES * BLOCK_N <= MOST_SPANS:
+        begin = tl.maximum(lo, n_whole)
+        stop = tl.minimum(hi, n_plain)
+        last = tl.minimum(stop, room)
+        next_s = tl.load(list_ptr + begin + query, mask=begin + query < last, other=-1)
+        next_q = tl.load(list_ptr + begin + number, mask=begin + number < last, other=-1)
+        for i in range(begin, stop, QUERIES):
+            s = next_s.to(step)
+            of_query = next_q.to(tl.int64)
+            at = i + QUERIES + query
+            next_s = tl.load(list_ptr + at, mask=at < last, other=-1)
+            at = i + QUERIES + number
+            next_q = tl.load(list_ptr + at, mask=at < last, other=-1)
+            start, end = load_both_ends(
+                row_ptr + of_query * stride_rs, stride_rn.to(tl.int64), of_query >= 0, n_spans, S_kv, BLOCK_N
+            )
+            after, until, _ = only_span(start, end, token, HEADS, BLOCK_T)
+            live = (s >= 0) & (h < H)
+            row = s * (G * H) + h
+            q0, q1, q2, q3 = load_chunks(q_row, s * step_qs + h * step_qh, live, D, BLOCK_D)
+            do0, do1, do2, do3 = load_chunks(dout_ptr, row * DV, live, DV, BLOCK_DV)
+            stat = tl.load(stat_ptr + row[:, None] * 2 + both, mask=live[:, None], other=0.0)
+            selected = (here[:, None] >= after[None, :]) & (here[:, None] < until[None, :])
+            dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3 = add_batch(
+                k0, k1, k2, k3, v0, v1, v2, v3, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3,
+                q0, q1, q2, q3, do0, do1, do2, do3, stat, scale_log2, selected, None, D, DV, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+
+    last = tl.minimum(hi, room)
     spoilt = tl.zeros([BLOCK_T], tl.int32)
-    for i in tl.range(tl.maximum(lo, n_whole), hi, QUERIES, num_stages=1):
-        at = i + tl.arange(0, QUERIES)
+    for i in tl.range(tl.maximum(lo, n_plain), hi, QUERIES, num_stages=1):
+        at = i + number
         s = tl.load(list_ptr + at, mask=at < last, other=-1).to(tl.int64)
         times = tl.zeros([BLOCK_T, QUERIES], tl.int32)  # how often a query selects a token
         for n in range(0, n_spans):
@@ -225,30 +179,25 @@ def _sel_bwd_keys(
         at = i + query
         s = tl.load(list_ptr + at, mask=at < last, other=-1).to(step)
         live = (s >= 0) & (h < H)
-        q_at = s * step_qs + h * step_qh
         row = s * (G * H) + h
-        q0, q1, q2, q3 = load_chunks(q_row, q_at, live, D, BLOCK_D)
+        q0, q1, q2, q3 = load_chunks(q_row, s * step_qs + h * step_qh, live, D, BLOCK_D)
         do0, do1, do2, do3 = load_chunks(dout_ptr, row * DV, live, DV, BLOCK_DV)
-        lse2 = tl.load(lse2_ptr + row, mask=live, other=0.0)
-        delta = tl.load(delta_ptr + row, mask=live, other=0.0)
+        stat = tl.load(stat_ptr + row[:, None] * 2 + both, mask=live[:, None], other=0.0)
         bad = rows_not_finite(q0, q1, q2, q3, D, BLOCK_D) | rows_not_finite(do0, do1, do2, do3, DV, BLOCK_DV)
         q0, q1, q2, q3 = clear_rows(q0, q1, q2, q3, bad)
         do0, do1, do2, do3 = clear_rows(do0, do1, do2, do3, bad)
         spoilt |= tl.max(tl.where(weight > 0, bad[None, :], 0), 1)
         selected = (weight > 0) & (live & (bad == 0))[None, :]
-        p = tl.exp2(inner(k0, k1, k2, k3, q0, q1, q2, q3, D, BLOCK_D) * scale_log2 - lse2[None, :])
-        p = tl.where(selected, p * weight, 0.0)
-        dv0, dv1, dv2, dv3 = add_product(dv0, dv1, dv2, dv3, p, do0, do1, do2, do3, DV, BLOCK_DV)
-        ds = p * (inner(v0, v1, v2, v3, do0, do1, do2, do3, DV, BLOCK_DV) - delta[None, :])
-        ds = tl.where(selected, ds, 0.0)
-        dk0, dk1, dk2, dk3 = add_product(dk0, dk1, dk2, dk3, ds, q0, q1, q2, q3, D, BLOCK_D)
+        dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3 = add_batch(
+            k0, k1, k2, k3, v0, v1, v2, v3, dk0, dk1, dk2, dk3, dv0, dv1, dv2, dv3,
+            q0, q1, q2, q3, do0, do1, do2, do3, stat, scale_log2, selected, weight, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
     # Factors that are NaN where a row that is not finite selects a token.
     of_v = tl.where(spoilt != 0, float("nan"), 1.0)[:, None]
     of_k = of_v * tl.where(is_chunk, 1.0, scale)
     if is_chunk:
         part_at = part_ptr + slot.to(tl.int64) * (BLOCK_T * (D + DV))
-        here = tl.arange(0, BLOCK_T)
         store_tokens(part_at, dk0, dk1, dk2, dk3, here, mask_t, of_k, D + DV, D, BLOCK_D)
         store_tokens(part_at + D, dv0, dv1, dv2, dv3, here, mask_t, of_v, D + DV, DV, BLOCK_DV)
     else:

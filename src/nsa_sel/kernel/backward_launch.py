@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import kernel_failed
 from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits
-from .backward_index import MARK_SIZES, _count, _list, _mark, _share_out
-from .backward_keys import KEY_TENSORS, _sel_bwd_keys, _sel_bwd_merge
+from .backward_index import KINDS, MARK_SIZES, _count, _list, _mark, _share_out
+from .backward_keys import KEY_TENSORS, MOST_SPANS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
 from .call import Call
 from .device import INTERPRETED, bind_context, call_of, gpu_of
@@ -41,6 +41,13 @@ class Saved(NamedTuple):
     lse: Tensor
     dout: Tensor
     dlse: Tensor | None
+
+
+class OfRows(NamedTuple):
+    """Hold what the rows' pass leaves for the keys' pass: `_sel_bwd_rows` says what."""
+
+    stat: Tensor
+    finite: Tensor
 
 
 class RowIndex(NamedTuple):
@@ -116,15 +123,15 @@ class BackwardPlan(Plan):
         assert placed is not None, "a plan runs the tensors that it was made for"
         bind_context()
         try:
-            delta, lse2 = (torch.empty_like(saved.lse) for _ in range(2))
-            dq = self.rows(saved, placed, delta, lse2, of_q)
+            of_rows = self.of_rows()
+            dq = self.rows(saved, placed, of_rows, of_q)
             if not of_kv:
                 return dq, None, None
             index = self.index()
-            self.make_index(saved.ranges, k.shape[2], index)
+            self.make_index(saved.ranges, of_rows.finite, k.shape[2], index)
             dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
             part = self.room(self.backward.slots * self.backward.block_t * (k.shape[3] + v.shape[3]), torch.float32)
-            self.keys(saved, placed, delta, lse2, index, (dk, dv, part))
+            self.keys(saved, placed, of_rows.stat, index, (dk, dv, part))
             self.merge(index, (dk, dv, part))
         except torch.cuda.OutOfMemoryError:
             raise
@@ -135,14 +142,19 @@ class BackwardPlan(Plan):
     def room(self, n: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(n, dtype=dtype, device=self.device)
 
-    def rows(self, saved: Saved, placed: Placed, delta: Tensor, lse2: Tensor, of_q: bool) -> Tensor | None:
-        """Compute δ and the base-2 LSE of every row, and dq. Of rows of more spans than fit, part after part."""
+    def of_rows(self) -> OfRows:
+        """Return room for what the keys' pass needs of the rows."""
+        B, S, G, H = self.out_shape[:4]
+        return OfRows(self.room(B * S * G * H * 2, torch.float32), self.room(B * S * G, torch.float32))
+
+    def rows(self, saved: Saved, placed: Placed, of_rows: OfRows, of_q: bool) -> Tensor | None:
+        """Compute what the keys' pass needs of every row, and dq. Of rows of more spans than fit, part after part."""
         parts = saved.ranges.split(MAX_SPANS, dim=3) if of_q else [saved.ranges[:, :, :, :1]]
         dtype = saved.q.dtype if len(parts) == 1 else torch.float32
         total: Tensor | None = None
         for ranges in parts:
             dq = torch.empty(saved.q.shape, dtype=dtype, device=self.device) if of_q else None
-            arguments, options = self.row_arguments(saved, placed, ranges, (delta, lse2, dq))
+            arguments, options = self.row_arguments(saved, placed, ranges, (*of_rows, dq))
             _sel_bwd_rows[(self.grid[0], self.grid[1])](*arguments, **options)
             total = dq if total is None else total.add_(dq)  # type: ignore[arg-type]
         count_launches(len(parts))
@@ -161,17 +173,17 @@ class BackwardPlan(Plan):
     def index(self) -> RowIndex:
         """Return room for the index."""
         n, slots = self.n, self.backward.slots
-        marks = self.room(2 * n * self.words)
-        of_tiles = self.room(2 * n), self.room(n, torch.int64), self.room(n), self.room(n)
+        marks = self.room(KINDS.value * n * self.words)
+        of_tiles = self.room(KINDS.value * n), self.room(n, torch.int64), self.room(n), self.room(n)
         return RowIndex(marks, *of_tiles, self.room(1), self.room(self.capacity), self.room(slots))
 
-    def make_index(self, ranges: Tensor, S_kv: int, index: RowIndex) -> None:
-        """Make the index of rows by KV tile."""
+    def make_index(self, ranges: Tensor, finite: Tensor, S_kv: int, index: RowIndex) -> None:
+        """Make the index of rows by KV tile; finite: as the rows' pass leaves it."""
         marks, counts, first, chunks, slot, n_slots, rows, jobs = index
-        arguments, options = self.mark_arguments(ranges, S_kv, marks)
+        arguments, options = self.mark_arguments(ranges, finite, S_kv, marks)
         _mark[self.mark_grid](*arguments, **options)
         block_w = min(next_power_of_2(self.words), 64)
-        _count[(self.n, 2)](marks, counts, self.tiles, self.words, block_w)
+        _count[(self.n, KINDS.value)](marks, counts, self.tiles, self.words, block_w)
         least = LEAST_BATCHES * self.backward.queries(self.out_shape[3])
         _share_out[(1,)](counts, first, chunks, slot, n_slots, self.n, self.backward.slots, least, 1024)
         _list[(self.n,)](
@@ -179,25 +191,27 @@ class BackwardPlan(Plan):
         )  # fmt: skip
         count_launches(4)
 
-    def mark_arguments(self, ranges: Tensor, S_kv: int, marks: Tensor) -> tuple[list[Any], dict[str, int]]:
+    def mark_arguments(
+        self, ranges: Tensor, finite: Tensor, S_kv: int, marks: Tensor
+    ) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_mark` in order, and its options."""
         words = min(next_power_of_2(-(-self.tiles // 32)), 4)
         unroll = min(next_power_of_2(ranges.shape[3]), 8)
-        values = self.values | {"S_kv": S_kv, "n_spans": ranges.shape[3]}
+        values: dict[str, Any] = self.values | {"S_kv": S_kv, "n_spans": ranges.shape[3]}
         in_order = [values[name] for name in MARK_SIZES]
-        return [ranges, marks, *in_order, self.backward.block_t, words, unroll], {"num_warps": 4}
+        plain = self.backward.queries(self.out_shape[3]) * values["BLOCK_N"] <= MOST_SPANS.value
+        return [ranges, finite, marks, *in_order, plain, self.backward.block_t, words, unroll], {"num_warps": 4}
 
     def keys(
         self,
         saved: Saved,
         placed: Placed,
-        delta: Tensor,
-        lse2: Tensor,
+        stat: Tensor,
         index: RowIndex,
         results: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """Sum dk and dv of every KV tile, or of its chunks."""
-        arguments, options = self.key_arguments(saved, placed, (delta, lse2), index, results)
+        arguments, options = self.key_arguments(saved, placed, stat, index, results)
         _sel_bwd_keys[(self.backward.slots + self.n,)](*arguments, **options)
         count_launches(1)
 
@@ -205,7 +219,7 @@ class BackwardPlan(Plan):
         self,
         saved: Saved,
         placed: Placed,
-        of_rows: tuple[Tensor, Tensor],
+        stat: Tensor,
         index: RowIndex,
         results: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[list[Any], dict[str, int]]:
@@ -214,7 +228,7 @@ class BackwardPlan(Plan):
         values = self.values | self._placed(placed) | launch.key_constants(self.out_shape[3])
         values |= {"n_spans": saved.ranges.shape[3], "slots": launch.slots, "capacity": self.capacity}
         in_order = [values[name] for name in _sel_bwd_keys.arg_names[len(KEY_TENSORS) :]]
-        tensors = (*saved[:4], saved.dout, *of_rows, *results, *index[1:])
+        tensors = (*saved[:4], saved.dout, stat, *results, *index[1:])
         return [*tensors, *in_order], {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
     def merge(self, index: RowIndex, results: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -13,7 +13,7 @@ from .forward import SIZE_ARGS, STRIDE_ARGS
 from .tiles import dot, load_heads, load_q, load_spans, load_tile, scores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROW_POINTERS = ("q", "k", "v", "ranges", "out", "dout", "lse", "dlse", "delta", "lse2", "dq")
+ROW_POINTERS = ("q", "k", "v", "ranges", "out", "dout", "lse", "dlse", "stat", "finite", "dq")
 ROW_TENSORS = [*(f"{name}_ptr" for name in ROW_POINTERS), "k_desc", "v_desc"]
 
 
@@ -23,6 +23,12 @@ def dot_of_rows(
 ):
     """Sum each head's products of a chunk of dO with the same chunk of the result, in fp32."""
     return tl.sum(a.to(tl.float32) * load_heads(out_row, DV, C, H, DV, BLOCK_H, BLOCK, BLOCK).to(tl.float32), 1)
+
+
+@triton.jit
+def times_zero(x):
+    """Sum each head's row, times zero: NaN where it holds NaN or an infinity."""
+    return tl.sum(x.to(tl.float32) * 0.0, 1)
 
 
 @triton.jit
@@ -36,6 +42,8 @@ def take_tile(
 
     Outside mask_l K must be a token of this row: a weight of zero times NaN is NaN.
     """
+    # V comes first: K is read for both of its products without a wait in between, so that neither is held in registers.
+    dp = scores(do0, do1, do2, do3, v, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
     zero = tl.zeros([q0.shape[0], mask_l.shape[0]], tl.float32)
     k0 = load_tile(k, k, at_k, col_k, mask_l, 0, D, BLOCK_D, BLOCK_D, TMA, False, False)
     k1 = k0
@@ -52,7 +60,6 @@ def take_tile(
         k3 = load_tile(k, k, at_k, col_k, mask_l, 3, D, BLOCK_D, BLOCK_D, TMA, False, False)
         s = dot(q3, tl.trans(k3), s)
     p = tl.exp2(s * scale_log2 - lse2[:, None])
-    dp = scores(do0, do1, do2, do3, v, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
     ds = p * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(mask_l[None, :], ds, 0.0)
@@ -80,7 +87,7 @@ def store_heads(
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
 def _sel_bwd_rows(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, lse2_ptr, dq_ptr, k_desc, v_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr, k_desc, v_desc,
     scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
@@ -91,10 +98,11 @@ def _sel_bwd_rows(
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute δ and the base-2 LSE of row (b, s, g), and its dq if dq_ptr is given: program (b·S + s, g).
+    """Compute what the keys' pass needs of row (b, s, g), and its dq if dq_ptr is given: program (b·S + s, g).
 
-    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse, delta, lse2: fp32 [B, S, G, H]. δ = rowsum(dO ∘ O) − dLSE.
-    lse2 is +inf where the LSE is -inf, so that weights there are zero. The rest as `_sel_fwd` takes it.
+    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse: fp32 [B, S, G, H]; δ = rowsum(dO ∘ O) − dLSE. stat, fp32
+    [B, S, G, H, 2]: the base-2 LSE, +inf where the LSE is -inf, so that weights there are zero, and -δ. finite, fp32
+    [B, S, G]: 0 if q, dO and δ of all heads are finite, else NaN. The rest as `_sel_fwd` takes it.
     """
     s = (S - 1 - tl.program_id(0) % S).to(tl.int64)  # causal rows grow with s: the longest start first
     b = (tl.program_id(0) // S).to(tl.int64)
@@ -115,11 +123,20 @@ def _sel_bwd_rows(
         delta -= tl.load(dlse_ptr + row * H + offs_h, mask=offs_h < H, other=0.0)
     lse2 = tl.load(lse_ptr + row * H + offs_h, mask=offs_h < H, other=float("-inf")) * LOG2_E
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-    tl.store(delta_ptr + row * H + offs_h, delta, mask=offs_h < H)
-    tl.store(lse2_ptr + row * H + offs_h, lse2, mask=offs_h < H)
+    stat_at = stat_ptr + (row * H + offs_h) * 2
+    tl.store(stat_at, lse2, mask=offs_h < H)
+    tl.store(stat_at + 1, -delta, mask=offs_h < H)
+    q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
+    q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D, BLOCK_D)
+    zero = tl.where(offs_h < H, delta, 0.0) * 0.0 + times_zero(q0)
+    if D > BLOCK_D:
+        zero += times_zero(q1)
+    if D > 2 * BLOCK_D:
+        zero += times_zero(q2)
+    if D > 3 * BLOCK_D:
+        zero += times_zero(q3)
+    tl.store(finite_ptr + row, tl.sum(zero))
     if dq_ptr is not None:
-        q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
-        q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D, BLOCK_D)
         dq0 = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
         dq1 = dq0
         dq2 = dq0

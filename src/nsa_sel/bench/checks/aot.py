@@ -163,9 +163,9 @@ def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequ
     saved = Saved(q, k, v, ranges, out, lse, out, lse if variant.tensors == "lse" else None)
     placed, index = plan.places.last, plan.index()
     if variant.kernel == "_mark":
-        return _mark, *plan.mark_arguments(ranges, k.shape[2], index.marks)
+        return _mark, *plan.mark_arguments(ranges, lse, k.shape[2], index.marks)
     if variant.kernel == "_sel_bwd_keys":
-        return _sel_bwd_keys, *plan.key_arguments(saved, placed, (lse, lse), index, (dk, dv, part))
+        return _sel_bwd_keys, *plan.key_arguments(saved, placed, lse, index, (dk, dv, part))
     return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
 
 
