@@ -24,15 +24,17 @@ help: ## this list
 
 install: $(INSTALLED) ## .venv with all that the targets below need; each makes it by itself
 
-# Without a GPU, which the tests would share, they run on all cores where pytest-xdist is installed; a file stays together.
-PARALLEL = $(if $(GPU),,$(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile --benchmark-disable'))
+# On all cores where pytest-xdist is installed; a file stays together. Tests of the timer need a GPU for themselves.
+PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo '-n auto --dist loadfile --benchmark-disable')
+OF_THE_TIMER = $(if $(GPU),tests/unit/test_instrument.py)
 
 test: $(INSTALLED) ## correctness, and that the perf suite runs; no figure of it is kept
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity tests/modes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q $(PARALLEL) tests/unit tests/parity tests/modes $(OF_THE_TIMER:%=--ignore=%)
+	$(OF_THE_TIMER:%=$(PY) -m pytest -q %)
 	$(PY) -m pytest -q tests/perf --sel-matrix smoke
 
-parity: $(INSTALLED) ## is the kernel right here? the parity suite alone
-	$(PY) -m pytest -q tests/parity
+parity: $(INSTALLED) ## is the kernel right here? the parity suite alone, in several processes where it can
+	$(PY) -m nsa_sel parity -q
 
 # The CPU suite with the oldest torch and Triton supported, gigabytes of CUDA libraries included; for others
 # `make test-oldest OLDEST='torch==2.6.0 triton==3.2.0 numpy==2.2.6'`. Before Triton 3.7 its NumPy must be older than 2.4, and

@@ -74,6 +74,9 @@ def test_a_mask_over_many_keys(backend, S, H, S_kv):
 
 @needs_gpu
 def test_a_mask_of_more_than_2_to_31_values():
+    free, _ = torch.cuda.mem_get_info()
+    if free < 80e9:  # the mask, and SDPA's scores in fp32 more than once
+        pytest.skip(f"needs 80 GB of free GPU memory, found {free / 1e9:.1f}")
     q, k, v = (torch.randn(1, *shape, 16, device=DEVICE) for shape in ((40_000, 1, 1), (1, 60_000), (1, 60_000)))
     ranges = torch.tensor([[3, 50]], device=DEVICE).expand(1, 40_000, 1, 1, 2)
     torch.testing.assert_close(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nsa_sel.bench import parallel
 from nsa_sel.bench.compare.elsewhere import pytest_benchmark_group_stats
 from nsa_sel.bench.suite.chosen import cases_of
 from nsa_sel.bench.suite.kernels import UserKernel, kernels_of
@@ -35,6 +36,7 @@ MARKERS = """
     contract(what="any"): what every kernel must meet, --sel-kernel's too; "spans": no blocks can express the cases
     public: calls the kernel through nsa_sel.selection_attention
     costs(seconds): what a test takes, if much more than others: by this tests are dealt to ranks
+    much_memory: needs more GPU memory than ordinary tests; several processes run one such test at a time
 """
 _DESELECTED = pytest.StashKey[list[str]]()
 
@@ -78,6 +80,18 @@ def kernel_under_test(request: pytest.FixtureRequest) -> Iterator[None]:
     given_kernel.under_test = getattr(request, "param", None)
     yield
     given_kernel.under_test = None
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let a test that needs much memory wait for those of pytest-xdist's other processes, and leave them no less."""
+    if request.node.get_closest_marker("much_memory") is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with parallel.alone(tmp_path_factory.getbasetemp().parent / "much_memory.lock"):  # a folder of all workers
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
 
 
 def given(item: pytest.Item):

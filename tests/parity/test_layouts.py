@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nsa_sel import SelConfig, choose_route, reference, selection_attention, spans
+from nsa_sel.bench.parallel import LARGEST_TEST_BYTES
 from nsa_sel.bench.suite import gate
 
 from . import given_kernel
@@ -77,7 +78,10 @@ LAYOUTS = {
 
 @pytest.mark.contract("spans")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=[pytest.mark.much_memory] if layout == "prefill" else []) for layout in LAYOUTS],
+)
 def test_triton_sel_parity_of_every_layout(layout, dtype):
     H, D, Dv = (16, 192, 128) if layout in ("decode", "prefill") else (8, 128, 128)
     make, every_size = LAYOUTS[layout]
@@ -218,13 +222,15 @@ def test_places_and_offsets_take_64_bits_where_32_are_too_few(S_kv, n_spans, str
 
 
 @pytest.mark.contract("spans")
+@pytest.mark.much_memory
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 4.3 GB of GPU memory")
 @pytest.mark.parametrize("where", ("token", "group"))
 def test_triton_sel_parity_beyond_two_to_the_31_elements(where):
     """Touch K and V past their 2**31st element, reached through the token's stride or through the group's."""
     D, beyond = 128, 2**31
     free, _ = torch.cuda.mem_get_info()
-    needed = 6e9 if given_kernel.under_test is None else 16e9  # with copies of K and V, to see if they are written
+    # A given kernel's K and V are copied, to see if they are written.
+    needed = LARGEST_TEST_BYTES if given_kernel.under_test is None else 16e9
     if free < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of free GPU memory, found {free / 1e9:.1f}")
     tail = 4096  # tokens around the 2**31st element; the rest of the buffer is never selected

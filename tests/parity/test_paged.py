@@ -9,8 +9,9 @@ import torch
 
 import nsa_sel
 from nsa_sel import dispatch, reference, spans
+from nsa_sel.bench.parallel import ORDINARY_TEST_BYTES
 from nsa_sel.bench.suite import cases, gate
-from nsa_sel.bench.suite.inputs import make_inputs
+from nsa_sel.bench.suite.inputs import make_inputs, memory_estimate
 from nsa_sel.kernel.launch_config import LaunchConfig
 
 from .paged_case import NAN, PagedBatch
@@ -33,6 +34,10 @@ def check(batch: PagedBatch, launch: LaunchConfig | None = None) -> torch.Tensor
     verdict = batch.verdict(out)
     assert verdict.ok, verdict.message
     return out
+
+
+def is_large(case: cases.Case) -> bool:
+    return memory_estimate(case) > ORDINARY_TEST_BYTES
 
 
 @both_layouts
@@ -64,7 +69,13 @@ def test_triton_sel_parity_of_descriptors_of_a_paged_cache(layout, D, Dv, config
     check(batch, replace(config, block_d=64))
 
 
-@pytest.mark.parametrize("case", cases.matrix(here("full", "smoke"), family="paged"), ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=[pytest.mark.much_memory] if is_large(case) else [])
+        for case in cases.matrix(here("full", "smoke"), family="paged")
+    ],
+)
 def test_triton_sel_parity_of_the_measured_cases(case):
     from nsa_sel.kernel import launch
 

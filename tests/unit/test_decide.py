@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from signal import SIGINT, raise_signal
 
 import pytest
 
@@ -57,6 +58,7 @@ def processes(monkeypatch, tmp_path) -> Processes:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command.subprocess, "Popen", stand_in)
     monkeypatch.setattr(command, "environment", lambda: dict(GPU))
+    monkeypatch.setattr(command.parallel, "expected", lambda: 14)
     return stand_in
 
 
@@ -70,7 +72,7 @@ def test_the_steps_run_one_after_another_and_the_state_is_gone_at_the_end(proces
     assert decision == ["threshold", "--matrix", "full", "--apply", *files]
     assert report == ["report", "--out", "bench/results/Some-GPU", files[1]]
     said = capsys.readouterr().out
-    assert "[1/6] parity: is the kernel right here?  about 20:50 left on an H200\n" in said
+    assert "[1/6] parity: is the kernel right here?  about 21:48 left on an H200\n" in said
     assert said.splitlines()[-3:] == ["Files written:", *files]
     assert not Path("bench/results/Some-GPU/decide.json").exists()
 
@@ -87,6 +89,41 @@ def test_an_interrupted_decision_goes_on_with_the_step_that_was_interrupted(proc
     assert "[3/6] run 1: how fast is it here?  done before, 0:00\n" in said
     assert command.main([]) == 0
     assert processes.verbs() == DONE  # a new decision
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_ctrl_c_is_called_that_in_every_step_and_the_same_command_goes_on(step, processes, monkeypatch, capsys):
+    args = argparse.Namespace(matrix="full", tune="hot")
+    names = [each.name for each in command.steps(args, True, Path())]
+    wait, waits = processes.wait, []
+
+    def pressed_in_the_step() -> int:
+        waits.append(processes.arguments[-1])
+        if len(waits) == step + 1:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(processes, "wait", pressed_in_the_step)
+    assert command.main([]) == command.INTERRUPTED
+    assert capsys.readouterr().err == f"nsa-sel decide: interrupted in {names[step]}; the same command goes on there\n"
+    assert processes.verbs() == DONE[: step + 1]
+    assert command.main([]) == 0
+    assert processes.verbs() == DONE[step:]
+
+
+def test_a_second_ctrl_c_does_not_end_decide_before_the_step(processes, monkeypatch, capsys):
+    waits = []
+
+    def wait() -> int:
+        waits.append(None)
+        raise_signal(SIGINT)
+        return 2
+
+    monkeypatch.setattr(processes, "wait", wait)
+    assert command.main([]) == command.INTERRUPTED
+    assert len(waits) == 2 and "interrupted in parity" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):  # as it was before
+        raise_signal(SIGINT)
 
 
 def test_a_run_that_left_nothing_to_go_on_with_is_measured_anew(processes):
@@ -162,10 +199,12 @@ def test_no_threshold_is_an_answer_and_the_report_is_still_written(processes):
     assert not Path("bench/results/Some-GPU/decide.json").exists()
 
 
-def test_the_time_left_is_that_of_the_run_before(tmp_path):
+@pytest.mark.parametrize(("in_processes", "parity_s"), ((1, 556), (2, 412), (14, 59)))
+def test_the_time_left_is_that_of_the_run_before(in_processes, parity_s, monkeypatch, tmp_path):
+    monkeypatch.setattr(command.parallel, "expected", lambda: in_processes)
     course = command.steps(argparse.Namespace(matrix="full", tune="hot"), True, tmp_path)
     done: dict = {}
-    assert command.seconds_left(course, done) == 540 + 2 * 355
+    assert round(command.seconds_left(course, done)) == parity_s + 540 + 2 * 355
     done |= {"parity": {"seconds": 9.0, "run": None}, "run 1": {"seconds": 1000.0, "run": "0001"}}
     assert command.seconds_left(course[3:], done) == 1000
 

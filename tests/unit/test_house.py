@@ -23,6 +23,7 @@ ORDER = """
 """
 BENCH_ORDER = """
     tables command_line < saved
+    timer < parallel < tune plugin run_tests decide
     timer saved tables < suite < compare < threshold < report
     timer saved suite < resume
     compare resume suite < ranks < tune

@@ -41,6 +41,7 @@ here=$(dirname "$0")
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;
   "-m pip") printf '#!/bin/sh\\nexec {python} -m nsa_sel "$@"\\n' > "$here/nsa-sel"; chmod +x "$here/nsa-sel"; exit ;;
+  "-m nsa_sel") if [ "$3" = parity ]; then exit; fi ;;
   "-m pytest") for each; do case "$each" in tests/*) ls "$each" > /dev/null || exit ;; esac; done; exit ;;
 esac
 exec {python} "$@"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from . import parallel
 from .compare import hooks
 from .compare.hooks import (
     pytest_benchmark_group_stats,
@@ -52,3 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="under torchrun: give a rank up that is silent for so long (default: %(default)s)",
     )
     hooks.addoption(parser)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)  # pytest-xdist's, which may be missing; it has an answer of its own
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Let `-n auto` start on a GPU no more processes than its memory holds; 0 where that is one, without workers."""
+    if not torch.cuda.is_available():
+        return None
+    processes = parallel.affordable(torch.cuda.mem_get_info()[0], parallel.cores())
+    return processes if processes > 1 else 0

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from . import parallel
 from .command_line import Parser
 
 PACKAGE = Path(__file__).parents[1]
@@ -41,7 +42,10 @@ PARITY = Suite(
     "parity",
     "parity",
     ("suite.fixtures", "suite.kernel_options"),
-    "Is a kernel right here? Checks it against a float64 oracle; without a GPU in Triton's interpreter.",
+    """Is a kernel right here? Checks it against a float64 oracle; without a GPU in Triton's interpreter.
+
+Where pytest-xdist is installed, this package's own kernel is checked in several processes: -n N says in how many, -n 0
+in one.""",
     """
         nsa-sel parity
         nsa-sel parity -k layouts -x              only tests with this in their name, up to the first failure
@@ -94,6 +98,10 @@ def _run(suite: Suite, argv: Sequence[str]) -> int:
     arguments += ["--rootdir", str(Path.cwd()), "--confcutdir", str(tests)]
     # A clone's tests are the package `tests`, a name that the working directory may have too: the clone goes before it.
     arguments += ["--import-mode", "append" if in_wheel else "prepend", str(tests / suite.folder)]
+    if suite is PARITY and (several := parallel.options(argv)):
+        arguments += several
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # each process has a core
+        os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")  # what -B says, for all of them
     # -B: pytest would write the byte code of the tests that it rewrites into the installation.
     os.execv(sys.executable, [sys.executable, "-B", "-m", "pytest", *arguments, *argv])
 

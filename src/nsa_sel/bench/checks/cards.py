@@ -17,6 +17,7 @@ import triton
 from ...kernel import rules, tuned_table
 from ...kernel.call import Gpu
 from ...kernel.launch_config import LaunchConfig
+from .. import parallel
 from ..command_line import Parser, exit_code
 from ..decide.command import FULL_RUN_S
 from ..saved import storage
@@ -161,6 +162,7 @@ def sizes_table(shown: Sequence[Card] = SIZES) -> str:
             "memory",
             "cases whose packed rows do not fit",
             "benchmarks",
+            "parity",
             "a full run",
             "the tiles",
             "`make decide`",
@@ -173,8 +175,10 @@ def sizes_table(shown: Sequence[Card] = SIZES) -> str:
         run = [FULL_RUN_S * n / BENCHMARKS * factor for factor in (1.0, card.slower)]
         sweep = planned(card)
         tune = [sweep.expected_seconds(CORES, factor) for factor in (1.0, card.slower)]
-        decide = [tiles + 2 * one for tiles, one in zip(tune, run, strict=True)]
-        lines.append([card.name, f"{card.memory} GiB", str(len(without)), str(n), *map(_minutes, (run, tune, decide))])
+        parity = [parallel.expected_seconds(parallel.affordable(free, CORES))] * 2
+        decide = [right + tiles + 2 * one for right, tiles, one in zip(parity, tune, run, strict=True)]
+        durations = map(_minutes, (parity, run, tune, decide))
+        lines.append([card.name, f"{card.memory} GiB", str(len(without)), str(n), *durations])
     return as_markdown(lines)
 
 

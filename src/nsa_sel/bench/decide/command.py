@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import parallel
 from ..command_line import Parser
 from ..saved import storage
 from ..suite import cases
@@ -30,7 +31,8 @@ from ..tune.log import clock
 PACKAGE = Path(__file__).parents[2]
 SAVE = "decide"  # the name of the runs that are saved
 CONFIG, PRD, SMOKE_RESULTS = Path("configs/base.yaml"), Path("PRD.md"), Path("bench/results/latest")
-# Seconds on an H200 with 16 cores; the other steps take little. Sources: PERFORMANCE.md, "The runs"; docs/cards.md.
+# Seconds on an H200 with 16 cores; parity's are in parallel.py, the other steps take little. Sources: PERFORMANCE.md,
+# "The runs"; docs/cards.md.
 FULL_RUN_S, TILES_S = 355.0, 540.0
 ANSWERED = (0, 1)  # exit codes of a step that came to its end
 REFUSED = 4  # pytest's, where --sel-resume finds other runs' journals alone
@@ -83,7 +85,7 @@ def steps(args: argparse.Namespace, on_gpu: bool, results: Path) -> list[Step]:
     tune = ("tune", "--matrix", args.tune, "--results", str(results))
     tiles = Step("tiles", "which launches are fastest here?", tune, TILES_S if args.tune == "hot" else 0.0)
     return [
-        Step("parity", "is the kernel right here?", ("parity", "-q")),
+        Step("parity", "is the kernel right here?", ("parity", "-q"), parallel.expected_seconds(parallel.expected())),
         *([] if args.tune == "none" else [tiles]),
         Step("run 1", "how fast is it here?", run, seconds),
         Step("run 2", "once more, in a fresh process", run, seconds),
@@ -171,13 +173,16 @@ def perform(step: Step, runs: Sequence[str], again: bool, on_gpu: bool) -> int:
     command = [sys.executable, "-m", __package__.rsplit(".", 2)[0], *arguments]
     with subprocess.Popen(command, env=env) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             code = child.wait()
         except KeyboardInterrupt:  # the terminal has sent it to the step too, which saves what it has
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one is for the step alone
             child.wait()
             code = INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, ctrl_c)
     return perform(step, runs, False, on_gpu) if code == REFUSED and again and step.saves else code
 
 
@@ -242,12 +247,15 @@ def _course(course: Sequence[Step], state: State, results: Path, on_gpu: bool) -
         # Where nobody reads any more this ends the command in silence: the step's own code says no more than 1.
         print(f"{step.name} took {clock(seconds)}", flush=True)
         new = max(saved_runs() - before, key=lambda path: path.stat().st_mtime, default=None) if step.saves else None
+        if code == INTERRUPTED:
+            print(f"nsa-sel decide: interrupted in {step.name}; the same command goes on there", file=sys.stderr)
+            return INTERRUPTED
         if code and step.name == "parity":
             print("nsa-sel decide: parity failed: a kernel that is wrong here is not timed", file=sys.stderr)
-            return INTERRUPTED if code == INTERRUPTED else 1
-        if (code not in ANSWERED and not step.last) or (step.saves and new is None) or code == INTERRUPTED:
+            return 1
+        if (code not in ANSWERED and not step.last) or (step.saves and new is None):
             print(f"nsa-sel decide: {step.name} ended with {code}; the same command goes on there", file=sys.stderr)
-            return INTERRUPTED if code == INTERRUPTED else 1
+            return 1
         if step.name == "tiles" and code:
             print("no table: the launches stay those of the rules")
             code = 0

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...kernel.launch_config import LaunchConfig
+from ..parallel import cores
 from ..suite.inputs import TORCH_DTYPES
 from .space import Variant
 
@@ -39,9 +40,8 @@ COMMAND = (sys.executable, "-m", f"{__package__}.workers")
 
 def workers() -> int:
     """Return how many workers the CPU cores of this process and the GPU's free memory allow."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = torch.cuda.mem_get_info()[0] // WORKER_BYTES if torch.cuda.is_available() else MOST_WORKERS
-    return max(1, min(cores, MOST_WORKERS, room))
+    return max(1, min(cores(), MOST_WORKERS, room))
 
 
 def compile_all(
