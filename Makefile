@@ -8,7 +8,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
-# Tests start Python a hundred times: what it has compiled once is kept, whatever the environment says.
+# Tests start Python dozens of times: what it has compiled once is kept, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 
 # Without a GPU: the versions of constraints.txt. With one they would force another torch than the driver's: pip chooses.

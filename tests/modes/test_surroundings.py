@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, environm
 from mode_case import inputs as make_inputs
 
 from nsa_sel import spans
+from tests.programs import python
 
 HERE = Path(__file__).parent
 WARNINGS_ARE_ERRORS = """
@@ -47,8 +46,7 @@ def test_a_process_without_a_home_or_a_working_directory(home, folder, tmp_path)
     env |= {"HOME": homes[home]} if home != "unset" else {}
     env |= {"PYTHONDONTWRITEBYTECODE": "1"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "kept")} if ON_GPU else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", WARNINGS_ARE_ERRORS + PROGRAM, folder, str(HERE)]
-    done = subprocess.run(command, cwd=there, env=env, capture_output=True, text=True, timeout=300)
+    done = python("-c", WARNINGS_ARE_ERRORS + PROGRAM, folder, HERE, cwd=there, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -161,11 +159,5 @@ def test_forked_workers():
     """As a data loader's: they compute on the CPU, whatever their parent has done on a GPU."""
     env = environment() | {"OMP_NUM_THREADS": "1"}
     env |= {} if ON_GPU else {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WARNINGS_ARE_ERRORS + FORKS, str(HERE)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python("-c", WARNINGS_ARE_ERRORS + FORKS, HERE, env=env)
     assert done.returncode == 0, done.stderr

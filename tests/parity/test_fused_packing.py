@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ import nsa_sel
 from nsa_sel import reference
 from nsa_sel.config import test_triton_sel as asked_for
 
+from ..programs import python
 from .parity_case import DTYPES, ON_GPU, VIEWS, Case, here, judge, row_lengths, rows, tensors
 from .test_properties import OUT_OF_RANGE, OUT_OF_RANGE_64, cases
 
@@ -172,7 +171,7 @@ def test_the_packing_kernel_compiles_for_every_architecture_with_wide_copies():
     pytest.importorskip("triton.tools.tensor_descriptor", reason="compiling ahead of time needs Triton 3.4")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(nsa_sel.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], capture_output=True, text=True, env=env)
+    done = python("-c", AHEAD_OF_TIME, env=env)
     assert done.returncode == 0, done.stderr
     builds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(builds) == 9

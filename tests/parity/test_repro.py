@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
+from ..programs import python
 from . import parity_case
 from .launches import small_covering
 from .parity_case import DEVICE, Case, check, rows
@@ -30,8 +30,8 @@ broken.forward = drop_a_token
 """
 
 
-def paste(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def paste(code: str) -> CompletedProcess[str]:
+    return python("-c", code, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

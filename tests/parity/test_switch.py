@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from ..programs import python
 
 ROOT = Path(__file__).parents[2]
 ONE_TEST = "tests/parity/test_layouts.py::test_triton_sel_parity_without_length_hints"
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.costs(6)  # starts Python anew
 def run(environment: dict[str, str], *options: str, test: str = ONE_TEST) -> str:
     names = ("NSA_TEST_TRITON_SEL", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in names and "XDIST" not in name}
-    # -B: where these tests came with a wheel, that stays as it was installed.
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", test, *options]
-    done = subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=120)
+    env["PYTHONDONTWRITEBYTECODE"] = "1"  # where these tests came with a wheel, that stays as it was installed
+    command = ["-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", test, *options]
+    done = python(*command, cwd=ROOT, env={**env, **environment})
     return done.stdout + done.stderr
 
 

@@ -6,6 +6,7 @@ Importing them takes longer than most of these runs. Nothing of the package is i
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -35,5 +36,6 @@ def run(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
     sys.path.insert(0, str(folder / "src"))
     os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+        gc.freeze()  # pytest collects garbage at its end: not among all of torch
+        code = pytest.main(["-q", "-x", "--tb=native", "-p", "no:cacheprovider", *tests])
     return int(code), said.getvalue()

@@ -7,10 +7,9 @@ import io
 import json
 import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from saved_runs import IDENTITY, READ_LIMIT_US, entry_of
@@ -19,16 +18,16 @@ from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.saved.run import Saved
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.threshold import command as threshold
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "bench_sel_triton.py"
 
 
-def run(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *arguments]
+def run(*arguments: str, folder: Path = ROOT) -> CompletedProcess:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     hidden.pop("TRITON_INTERPRET", None)  # the parity suite sets it, in this process too if it runs both
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=hidden)
+    return python(SCRIPT, *arguments, cwd=folder, env=hidden)
 
 
 def main_of_script(**stand_ins: object) -> Callable[[list[str]], int]:
@@ -127,8 +126,7 @@ def test_a_saved_run_is_read_by_report_and_compare(tmp_path):
     assert all(entry["stats"]["rounds"] == 5 for entry in json.loads(path.read_text())["benchmarks"])
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     for arguments in (["report", "0001", "--out", "out"], ["compare", "0001", "0001"]):
-        command = [sys.executable, "-m", "nsa_sel", *arguments]
-        read = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        read = python("-m", "nsa_sel", *arguments, cwd=tmp_path, env=env)
         assert read.returncode == 0, read.stderr
 
 

@@ -15,16 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import python
+
 ROOT = Path(__file__).parents[2]
 ONE = [[80, 1, ["gather", 16, 64, 64, 1, 1]]]  # compute capability, spans per row, LaunchConfig
 
 
-def start(jobs: list, cache: Path, **options) -> list[str]:
-    """Start these kernels in a process of its own, and return what is said of each."""
+def start(jobs: list, cache: Path, full: bool = False) -> list[str]:
+    """Start these kernels in a process of its own, on a full disk or not, and return what is said of each."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(Path(__file__).with_name("start_kernel.py")), json.dumps(jobs)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **options)
+    program = [str(Path(__file__).with_name("start_kernel.py")), json.dumps(jobs)]
+    if full:  # no file can be written, that of a program's output neither
+        pipes = {"capture_output": True, "text": True, "preexec_fn": no_room}
+        done = subprocess.run([sys.executable, *program], env=env, timeout=120, **pipes)
+    else:
+        done = python(*program, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -51,7 +57,7 @@ def test_a_kernel_that_cannot_be_compiled_says_why_in_one_line(tmp_path, fault):
         (said,) = start(ONE, tmp_path / "file" / "kernels")
         reason = "NotADirectoryError"
     else:
-        (said,) = start(ONE, tmp_path / "kernels", preexec_fn=no_room)
+        (said,) = start(ONE, tmp_path / "kernels", full=True)
         reason = "File too large"
     assert re.fullmatch(
         rf"the kernel \(gather .+\) cannot be compiled or started: .*{reason}.+kernels: clear it.+", said

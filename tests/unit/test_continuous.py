@@ -29,6 +29,7 @@ from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.timing import WallTimer
 from nsa_sel.bench.tune.log import Progress
+from tests.programs import python
 
 PACKAGE = Path(nsa_sel.__file__).parent
 REPOSITORY = PACKAGE.parents[1]
@@ -847,9 +848,8 @@ def test_two_commits_of_another_repository_are_measured_by_their_kernel(tmp_path
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary), "PYTHONPATH": str(PACKAGE.parent)}
 
     def continuous(*arguments):
-        command = [sys.executable, "-m", "nsa_sel", "continuous", "HEAD", "--repo", str(folder), "--rounds", "1"]
-        command += ["-k", "L64-N64-few", "--sel-family", "rows", *arguments]
-        return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=120)
+        chosen = ["--rounds", "1", "-k", "L64-N64-few", "--sel-family", "rows", *arguments]
+        return python("-m", "nsa_sel", "continuous", "HEAD", "--repo", folder, *chosen, cwd=work, env=env)
 
     done = continuous("--sel-kernel", "kernels:f=mine")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 import nsa_sel
+from tests.programs import python
 
 PACKAGE = Path(nsa_sel.__file__).parent
 CALL = """
@@ -34,10 +34,10 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def run(copy: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run(copy: Path, *arguments: str, **environment: str) -> CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("NSA_", "PYTHONPATH", "TRITON"))}
     env |= {"CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run([sys.executable, *arguments], cwd=copy, env=env, capture_output=True, text=True, timeout=120)
+    done = python(*arguments, cwd=copy, env=env)
     assert done.returncode == 0, done.stderr
     return done
 

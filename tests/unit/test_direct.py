@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from nsa_sel.kernel import direct
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
@@ -22,8 +21,7 @@ GPU = torch.device("cuda", 0)
 def test_the_direct_launch_hands_over_what_the_public_launch_does(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(Path(__file__).with_name("start_directly.py"))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = python(Path(__file__).with_name("start_directly.py"), env=env)
     assert done.returncode == 0, done.stderr
     *launches, right, without_clusters = done.stdout.splitlines()
     assert len(launches) == 9 and all(line.endswith(": same") for line in launches), done.stdout

@@ -14,8 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from pytest_benchmark.cli import make_parser
 from nsa_sel import SelConfig
 from nsa_sel.bench import cli
 from nsa_sel.bench.report import screen
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -193,15 +192,11 @@ def run(words: list[str], folder: Path) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert cli.main(rest) == 0, words
         return out.getvalue()
-    started = {
-        "pytest": [sys.executable, "-m", "pytest"],
-        "pytest-benchmark": [sys.executable, "-m", "pytest_benchmark"],
-        "python": [sys.executable],
-    }[program]
+    started = {"pytest": ["-m", "pytest"], "pytest-benchmark": ["-m", "pytest_benchmark"], "python": []}[program]
     unwanted = ("NSA_", "PYTEST", "TRITON")
     env = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([*started, *rest], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = python(*started, *rest, cwd=folder, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

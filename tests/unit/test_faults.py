@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.config import get_config
 from nsa_sel.errors import KernelFailed
 from nsa_sel.routing import Route
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +43,7 @@ def arguments() -> dict[str, torch.Tensor]:
 def test_packing_beyond_the_memory_names_the_size_and_corrupts_nothing(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    script = Path(__file__).with_name("pack_too_much.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = python(Path(__file__).with_name("pack_too_much.py"))
     assert done.returncode == 0, done.stderr
     said, after = done.stdout.splitlines()
     asked = re.search(r"tried to allocate (\d+) bytes", said)
@@ -171,11 +170,8 @@ def test_pytest_benchmarks_own_command_survives_a_truncated_run(tmp_path):
     cut.write_text(half := cut.read_text()[:-300])
     (tmp_path / "conftest.py").symlink_to(ROOT / "conftest.py")
     before = old.read_bytes()
-    command = "from pytest_benchmark.cli import main; main()"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", command, "compare"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = python("-c", "from pytest_benchmark.cli import main; main()", "compare", cwd=tmp_path, env=env)
     text = done.stdout + done.stderr
     assert "Traceback" not in text and "0002_cut" in text, text
     assert "a triton  100.00 us -> 150.00 us" in text, text
@@ -215,10 +211,9 @@ def test_an_interrupted_perf_run_leaves_the_earlier_one_and_is_no_baseline(tmp_p
     earlier = save_entries(tmp_path / "earlier-cpu", "0001_whole", [entry("a", "triton", 9, gpu=None)])
     (tmp_path / "interrupt.py").write_text(INTERRUPT)
     arguments = ["tests/perf", "--sel-matrix", "smoke", "--sel-family", "ragged,decode", "--benchmark-autosave"]
-    command = [sys.executable, "-m", "pytest", "-p", "interrupt", "-p", "no:cacheprovider", *arguments]
-    command += [f"--benchmark-storage={tmp_path}"]
+    arguments += [f"--benchmark-storage={tmp_path}"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = python("-m", "pytest", "-p", "interrupt", "-p", "no:cacheprovider", *arguments, env=env)
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
     (partial,) = [path for path in tmp_path.glob("*/*.json") if path != earlier]
     assert runs.load(earlier).timings and runs.load(partial).interrupted

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import nsa_sel
 from nsa_sel.bench.suite import cases
+from tests.programs import python
 
 pytest_plugins = ["pytester"]
 ROOT = Path(nsa_sel.__file__).parents[2]
@@ -122,8 +121,7 @@ def test_a_list_that_cannot_be_measured_is_refused(suite, hook, said):
 
 
 def test_the_perf_suite_shows_the_fixtures_and_what_they_are():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--fixtures", "tests/perf"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    shown = python("-m", "pytest", "-p", "no:cacheprovider", "--fixtures", "tests/perf").stdout
     lines = shown.splitlines()
     for name in ("shape", "distribution", "sel_case", "kernel"):
         (at,) = (number for number, line in enumerate(lines) if line.startswith(f"{name} -- "))
@@ -131,8 +129,7 @@ def test_the_perf_suite_shows_the_fixtures_and_what_they_are():
 
 
 def test_the_perf_suite_refuses_an_unknown_family_in_a_line():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", "--sel-family=columns"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", "--sel-family=columns")
     assert refused.returncode == pytest.ExitCode.USAGE_ERROR
     assert refused.stderr.strip().startswith("ERROR: family: value is 'columns', expected one of rows")
     assert len(refused.stderr.strip().splitlines()) == 1 and not refused.stdout.strip()

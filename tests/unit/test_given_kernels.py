@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +14,7 @@ import torch
 
 from nsa_sel import reference
 from tests.parity.given_kernel import Broken, watched
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 KERNELS = """
@@ -107,8 +106,7 @@ class Finished(NamedTuple):
 def run(folder: Path, *options: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("NSA_", "TRITON_", "PYTEST_"))}
     env["PYTHONPATH"] = os.pathsep.join((str(folder), str(ROOT / "src")))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parity", *options]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parity", *options, env=env)
     return done.stdout + done.stderr
 
 
@@ -185,7 +183,7 @@ def test_the_repro_of_a_failure_runs_as_it_is_printed(finished, name, what):
     repro = finished.text[begin : finished.text.index("verdict.message\n", start)] + "verdict.message\n"
     assert len(repro.splitlines()) <= 15
     env = {**os.environ, "PYTHONPATH": str(finished.folder)}
-    again = subprocess.run([sys.executable, "-c", repro], cwd=ROOT, env=env, capture_output=True, text=True)
+    again = python("-c", repro, env=env)
     last = re.sub(r"^\S+Broken: ", "", again.stderr.splitlines()[-1])
     assert again.returncode == 1 and last in finished.text, again.stderr
 

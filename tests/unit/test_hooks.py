@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from saved_runs import document, entry, save_entries, use_noise
 from nsa_sel.bench.compare import hooks, rule, table_command, theirs
 from nsa_sel.bench.saved import run as runs
 from nsa_sel.bench.suite import cases
+from tests.programs import python
 
 pytest_plugins = ["pytester"]
 SRC = Path(rule.__file__).parents[3]
@@ -301,9 +300,7 @@ def test_compare_fail_without_a_run_to_compare_with_is_no_pass(perf):
 def command(folder, *arguments):
     """Run one of the two commands in `folder` as a user does; return its result."""
     environment = os.environ | {"PYTHONPATH": str(SRC)}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    return python("-m", *arguments, cwd=folder, env=environment)
 
 
 def test_both_commands_say_the_same(tmp_path):
@@ -382,8 +379,8 @@ def test_from_below_the_root_pytest_benchmark_says_where_to_stand(folder, tmp_pa
 def test_dates_are_read_from_the_storage_that_is_named(tmp_path):
     tmp_path.joinpath("conftest.py").write_text(CONFTEST)
     elsewhere = tmp_path / "elsewhere"
-    for python, number, us, month in (("3.11", 2, 100, 1), ("3.12", 1, 150, 2)):
-        folder = elsewhere / H200.replace("3.12", python)
+    for version, number, us, month in (("3.11", 2, 100, 1), ("3.12", 1, 150, 2)):
+        folder = elsewhere / H200.replace("3.12", version)
         save_entries(folder, f"000{number}_x", [entry("a", "triton", us)], f"2026-0{month}-01T00:00:00+00:00")
     for form in (f"{elsewhere}", f"file://{elsewhere}"):
         text = command(tmp_path, "pytest_benchmark", f"--storage={form}", "compare").stdout

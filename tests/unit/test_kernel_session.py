@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from nsa_sel.bench.suite import case_file, cases
 from nsa_sel.bench.suite.kernels import UserKernel
 from nsa_sel.bench.timer.machine import environment
 from nsa_sel.recording import RecordingError
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
@@ -53,7 +53,7 @@ only_128.unsupported = lambda q, k, v, ranges: None if q.shape[-1] == 128 else f
 
 
 @pytest.fixture(scope="module")
-def perf(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path, Path]:
+def perf(tmp_path_factory) -> tuple[CompletedProcess, Path, Path]:
     """Run the perf suite once with four kernels; return what it said, its saved run, and the kernels' folder."""
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "mine.py").write_text(MODULE)
@@ -63,11 +63,8 @@ def perf(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path, Path]:
     chosen = ["--sel-matrix=smoke", "-k", "L64-N64 and (few or mixed) or t512"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{folder}", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", *options, *chosen]
-    done = subprocess.run(
-        [*command, f"--benchmark-json={saved}"], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300
-    )
-    return done, saved, folder
+    more = [*options, *chosen, f"--benchmark-json={saved}"]
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", *more, env=env), saved, folder
 
 
 def methods_by_case(saved: Path) -> dict[str, set[str]]:
@@ -126,16 +123,14 @@ def test_a_wrong_kernel_has_no_time_and_a_repro_that_can_be_pasted(perf):
     end = lines.index("assert verdict.ok, verdict.message", begin)
     assert "64 of its rows: MAE" in "".join(lines[begin - 6 : begin]) and end - begin <= 15
     program = "\n".join(lines[begin : end + 1])
-    command = [sys.executable, "-c", program]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    again = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+    again = python("-c", program, cwd=folder, env=env)
     assert again.returncode == 1 and "AssertionError: MAE " in again.stderr and "rows are bad" in again.stderr
 
 
 def test_what_names_no_kernel_ends_the_run_in_one_line(perf):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", "--sel-kernel=no_such:f"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", "--sel-kernel=no_such:f", env=env)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--sel-kernel no_such:f: no module no_such in " in done.stderr and "Traceback" not in done.stderr
 

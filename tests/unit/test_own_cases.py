@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import saved_runs
@@ -23,6 +23,7 @@ from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.bench.threshold.rule import decide
 from nsa_sel.bench.tune import command as tune_command
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 ENTRIES = """\
@@ -52,11 +53,10 @@ def file(tmp_path):
     return path
 
 
-def pytest_run(*arguments, path: Path | str = "") -> subprocess.CompletedProcess:
+def pytest_run(*arguments, path: Path | str = "") -> CompletedProcess:
     """Run pytest on the CPU; path: a folder of plugins."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{path}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, env=env)
 
 
 def test_a_perf_run_holds_its_cases_and_is_compared_and_reported_without_the_file(file, tmp_path, capsys):
@@ -165,10 +165,9 @@ def test_tune_takes_the_files_cases(file, capsys):
     assert "mine.yaml line 2: L: value is '6x4', expected a whole" in capsys.readouterr().err
 
 
-def continuous(folder: Path, *arguments) -> subprocess.CompletedProcess:
+def continuous(folder: Path, *arguments) -> CompletedProcess:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "nsa_sel", "continuous", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return python("-m", "nsa_sel", "continuous", *arguments, cwd=folder, env=env)
 
 
 def test_continuous_measures_the_files_cases_of_another_repository_and_saves_them(file, tmp_path):

@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -27,6 +26,7 @@ from nsa_sel.bench.session import Session
 from nsa_sel.bench.suite import cases, inputs
 from nsa_sel.bench.suite.cases import Case
 from nsa_sel.bench.timer.timing import WallTimer
+from tests.programs import python
 
 PREFILL = Case("prefill", "bf16", "many", 4, 32, 16, 128, 2 * 192 * 2, S=192, G=2, S_kv=192, block=64, peers=True)
 DECODE = replace(cases.decode_case("bf16", "many", 2, 32, 16, 256, 2, 1024), peers=True)
@@ -250,8 +250,7 @@ def test_a_run_beside_peers_is_saved_and_reported_with_its_reasons(tmp_path):
     saved = tmp_path / "run.json"
     options = ["--sel-family=peers", "--sel-matrix=smoke", f"--benchmark-json={saved}", "-k", "t512 and not flex"]
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/perf", *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    done = python("-m", "pytest", "-q", "tests/perf", *options, env=environment)
     assert done.returncode == 0 and "1 x triton: no GPU" in done.stdout, done.stdout + done.stderr
     lines, notes = report_tables.peers(Saved.load(saved))
     (cells,) = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]

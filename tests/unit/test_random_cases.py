@@ -6,9 +6,8 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import saved_runs
@@ -31,6 +30,7 @@ from nsa_sel.bench.suite.saved_cases import definitions, rebuilt
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.kernel.launch_config import MAX_WIDTH
+from tests.programs import python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 FIRST = draw(1, 1000)
@@ -111,10 +111,9 @@ def test_rows_select_distinct_tokens_of_their_context_in_as_many_spans(case):
 # --- who takes them ---
 
 
-def pytest_run(*arguments) -> subprocess.CompletedProcess:
+def pytest_run(*arguments) -> CompletedProcess:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, env=env)
 
 
 def test_a_perf_run_says_and_saves_its_seed_and_count(tmp_path):

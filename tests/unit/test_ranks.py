@@ -25,6 +25,7 @@ from nsa_sel.bench.ranks import job
 from nsa_sel.bench.ranks.shares import benchmark_s, dealt
 from nsa_sel.bench.saved import run, storage
 from nsa_sel.bench.suite import cases
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -441,13 +442,11 @@ def test_a_rank_that_lost_its_gpu_starts_anew_and_goes_on(jobs):
 
 
 def torchrun(*arguments: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     unwanted = ("NSA_", "PYTEST", "TRITON", *job.VARIABLES)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     kept |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{HERE}"}
-    return subprocess.run(
-        [*start, *arguments], cwd=folder, env={**kept, **env}, capture_output=True, text=True, timeout=240
-    )
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return python(*start, *arguments, cwd=folder, env={**kept, **env})
 
 
 def test_torchrun_of_the_perf_suite(tmp_path):

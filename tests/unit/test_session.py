@@ -20,6 +20,7 @@ from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.session import Session, is_planted
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.timer.machine import environment
+from tests.programs import python
 
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
 
@@ -97,21 +98,10 @@ def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said
     imports = "from nsa_sel.bench import session; from nsa_sel.bench.methods import contender"
     (tmp_path / "broken.py").write_text(f"{imports}\ndef fail(*_): raise RuntimeError('out of order')\n{broken}\n")
     root = Path(nsa_sel.__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "broken",
-        "tests/perf",
-        "--sel-matrix=smoke",
-        "-k",
-        "sdpa_core",
-    ]
+    chosen = ["tests/perf", "--sel-matrix=smoke", "-k", "sdpa_core"]
     paths = os.pathsep.join([str(tmp_path), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     hidden = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=hidden)
+    done = python("-m", "pytest", "-q", "-p", "broken", *chosen, env=hidden)
     assert done.returncode == 1 and said in done.stdout and "out of order" in done.stdout
     assert len(done.stdout.splitlines()) < 60, done.stdout
 
@@ -121,16 +111,17 @@ def test_a_run_that_cannot_go_on_ends_with_one_clear_line(tmp_path, broken, said
 def test_a_run_shows_the_time_left_in_place_of_a_letter_per_benchmark(on_a_terminal):
     root = Path(nsa_sel.__file__).parents[2]
     chosen = ["--sel-matrix=smoke", "--sel-family=decode", "-k", "t512 and (packed_sdpa or sdpa_core)"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", *chosen]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perf", *chosen]
     env = {**os.environ, "PYTHONPATH": str(root / "src"), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", "NO_COLOR": "1"}
     if on_a_terminal:
         ours, theirs = os.openpty()
-        with subprocess.Popen(command, cwd=root, env=env, stdout=theirs, stdin=subprocess.DEVNULL) as process:
+        started = [sys.executable, *command]
+        with subprocess.Popen(started, cwd=root, env=env, stdout=theirs, stdin=subprocess.DEVNULL) as process:
             os.close(theirs)
             shown = "".join(_read(ours))
         assert process.returncode == 0, shown
     else:
-        shown = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env).stdout
+        shown = python(*command, env=env).stdout
     assert re.search(r"\[#+\] (\d+)/\1, 0:00 left: benchmarks", shown), shown
     assert ("\r[#" in shown) == on_a_terminal
     assert re.search(r"\b2 passed", shown) and re.search(r"\b1 skipped", shown) and " no GPU" in shown

@@ -21,6 +21,7 @@ import torch
 
 import nsa_sel
 from nsa_sel.bench import cli
+from tests.programs import python
 
 pytest.importorskip("setuptools", "77", reason="setuptools >= 77 builds the wheel (extra: dev)")
 
@@ -78,8 +79,7 @@ def command(installed: Path, folder: Path, *arguments: str) -> subprocess.Comple
     unwanted = ("NSA_", "PYTEST", "PYTHON", "TRITON")
     env = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     env |= {"PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
-    started = [sys.executable, "-m", "nsa_sel", *arguments]
-    return subprocess.run(started, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return python("-m", "nsa_sel", *arguments, cwd=folder, env=env)
 
 
 def contents(folder: Path) -> dict[Path, int]:
