@@ -252,7 +252,8 @@ class Plan:
     ) -> Tensor:
         """Compile if need be, launch through Triton's public interface, and keep the direct way for later calls."""
         global _launches
-        bind_context()
+        if self.tma:
+            bind_context()
         arguments = (q, k, v, ranges, out, lse, parts, counters, *self.described(k, v, placed), *placed.arguments)
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
