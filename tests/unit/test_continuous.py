@@ -311,7 +311,7 @@ def test_the_processes_alternate_and_each_measures_everything(card, both, tmp_pa
 
 
 def test_compiling_shows_the_time_left_and_each_tree_compiles_every_kernel_once(card, both, tmp_path, monkeypatch):
-    monkeypatch.setattr(course.os, "sched_getaffinity", lambda of: range(6))
+    monkeypatch.setattr(course, "cores", lambda: 6)
     out = io.StringIO()
     measured = course.Course(both, {}, Progress(out, every_s=0), card.start)
     measured.run(1, Kept(tmp_path / "kept", {}, resume=False))
@@ -321,7 +321,7 @@ def test_compiling_shows_the_time_left_and_each_tree_compiles_every_kernel_once(
 
 
 def test_a_tree_whose_processes_die_compiling_does_not_hold_up_the_other(card, both, tmp_path, monkeypatch):
-    monkeypatch.setattr(course.os, "sched_getaffinity", lambda of: range(4))
+    monkeypatch.setattr(course, "cores", lambda: 4)
     card.dies_compiling = both.base.name
     course_of(card, both).run(1, Kept(tmp_path / "kept", {}, resume=False))
     assert [card.log.count(("compile", tree.name)) for tree in (both.base, both.head)] == [2, 24]

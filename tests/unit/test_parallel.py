@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from nsa_sel.bench import parallel, plugin, run_tests
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.suite.inputs import memory_estimate
+from tests.programs import python
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -113,9 +112,9 @@ def test_xdist_asks_this_plugin_first(tmp_path):
     few = "from nsa_sel.bench import plugin\nplugin.torch.cuda.is_available = lambda: True\n"
     few += "plugin.torch.cuda.mem_get_info = lambda: (11 * 10**9, 0)\nplugin.parallel.cores = lambda: 8\n"
     (tmp_path / "few.py").write_text(few)
-    command = [sys.executable, "-m", "pytest", "-p", "few", "-p", "nsa_sel.bench.plugin", "-n", "auto", str(tmp_path)]
+    command = ["-m", "pytest", "-p", "few", "-p", "nsa_sel.bench.plugin", "-n", "auto", tmp_path]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{tmp_path}"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = python(*command, cwd=tmp_path, env=env)
     assert "2 workers [1 item]" in done.stdout, done.stdout + done.stderr
 
 
@@ -140,9 +139,9 @@ def pytest_runtest_call(item):
             print("held in", item.name)
 """)
     tests = "of_every_layout and dtype1 and (prefill or decode)"
-    command = [sys.executable, "-m", "pytest", "-qs", "-p", "tries", f"--basetemp={tmp_path / 'gw0'}", "-k", tests]
+    command = ["-m", "pytest", "-qs", "-p", "tries", f"--basetemp={tmp_path / 'gw0'}", "-k", tests]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{tmp_path}", **worker}
-    done = subprocess.run([*command, "tests/parity/test_layouts.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = python(*command, "tests/parity/test_layouts.py", env=env)
     assert "2 passed" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("held in") == (held != "none")
     assert ("held in test_triton_sel_parity_of_every_layout[prefill-dtype1]" in done.stdout) == (held == "prefill")

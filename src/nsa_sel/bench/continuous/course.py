@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import select
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..parallel import cores
 from ..saved.run import IDENTITY
 from ..tune.log import Progress
 from .kept import CourseError, Kept, Key, Outcome, Outcomes, Pair
@@ -142,7 +142,7 @@ class Course:
         """
         if not self.on_gpu or not keys or self.choice.get("kernels"):
             return
-        each = max(1, min(len(os.sched_getaffinity(0)), MOST_COMPILERS) // 2)
+        each = max(1, min(cores(), MOST_COMPILERS) // 2)
         self.progress.start(f"compiling the kernels of both with {2 * each} processes", 2 * len(keys))
         with ExitStack() as stack:
             todo: dict[Process, Iterator[Key]] = {}
