@@ -1,15 +1,16 @@
-"""Which calls may share tiles of KV, and with which launch; BREAK_EVEN names no GPU yet, so the tests name one."""
+"""Which calls may share tiles of KV, and with which launch; each GPU that is compiled for counts as a measured one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+import torch
 
 from nsa_sel.bench.checks.variants import ARCHITECTURES, SHARED_SAMPLE
-from nsa_sel.kernel import shared_config
+from nsa_sel.kernel import shared_config, shared_launch
 from nsa_sel.kernel.call import Call
-from nsa_sel.kernel.shared_config import choose, default, shared_bytes
+from nsa_sel.kernel.shared_config import BREAK_EVEN, choose, default, shared_bytes
 
 H200 = ARCHITECTURES[90][1]
 PREFILL = Call(4096 * 4, 16, 128, 128, 16, 1024, shared_kv=True)
@@ -26,6 +27,18 @@ def test_prefill_of_a_selections_blocks_shares():
     assert (launch.rows, launch.queries(16), launch.tma, launch.break_even) == (64, 4, True, 2.5)
 
 
+def test_only_measured_gpus_share_tiles(monkeypatch):
+    monkeypatch.setattr(shared_config, "BREAK_EVEN", measured_on := {"NVIDIA H200": 1.4})
+    assert measured_on == BREAK_EVEN
+    q = torch.empty(1, 4096, 4, 16, 128, dtype=torch.float16, device="meta")
+    k = torch.empty(1, 4, 4096, 128, dtype=torch.float16, device="meta")
+    ranges = torch.empty(1, 4096, 4, 16, 2, dtype=torch.int32, device="meta")
+    for name, expected in (("NVIDIA H200", 1.4), ("NVIDIA H100 80GB HBM3", None), ("NVIDIA A100-SXM4-80GB", None)):
+        monkeypatch.setattr(shared_launch, "gpu_of", lambda device, name=name: replace(H200, name=name))
+        launch = shared_launch.eligible(q, k, k, ranges, None, None, 1024)
+        assert (launch and launch.break_even) == expected
+
+
 @pytest.mark.parametrize(
     ("change", "S"),
     [
@@ -35,24 +48,24 @@ def test_prefill_of_a_selections_blocks_shares():
         ({"n_spans": 128, "max_len": 8192}, 4096),
         ({"n_spans": 64}, 4096),  # spans of 16 tokens: every tile is partial
         ({"N": 1024 * 4, "max_len": 512, "n_spans": 8}, 1024),  # too little work to make up for an index
-        ({"H": 32}, 4096),  # two queries, of which the test asks for more than two visits per tile
+        ({"H": 32}, 4096),  # two queries per tile
     ],
 )
-def test_other_calls_are_computed_row_by_row(change, S, monkeypatch):
-    if "H" in change:
-        monkeypatch.setattr(shared_config, "BREAK_EVEN", {H200.name: 5.0})
-    assert choose(replace(PREFILL, **change), H200, S, 65_536) is None
+def test_other_calls_are_computed_row_by_row(change, S):
+    assert choose(PREFILL, H200, 4096, 32_768) is not None
+    assert choose(replace(PREFILL, **change), H200, S, 32_768) is None
 
 
-def test_two_queries_have_too_few_visits_however_many_pairs_there_are():
-    call = replace(PREFILL, N=4 * 2 * 512)
-    assert choose(replace(call, N=4 * 4 * 512), H200, 4, 1024) is not None
-    assert choose(call, H200, 2, 1024) is None
+@pytest.mark.parametrize(
+    ("S", "shares"), [(2, False), (3, False), (4, True), (5, False), (6, False), (7, True), (8, True), (64, True)]
+)
+def test_few_queries_share_where_they_fill_their_query_tiles(S, shares):
+    assert (choose(replace(PREFILL, N=4 * S * 512), H200, S, 1024) is not None) == shares
 
 
 def test_a_context_that_is_long_beside_what_a_row_selects_is_not_indexed():
-    assert choose(PREFILL, H200, 4096, 65_536) is not None
-    assert choose(PREFILL, H200, 4096, 131_072) is None
+    assert choose(PREFILL, H200, 4096, 32_768) is not None
+    assert choose(PREFILL, H200, 4096, 32_832) is None
 
 
 def test_one_query_per_tile_has_nothing_to_share():
@@ -75,11 +88,6 @@ def test_little_work_suffices_where_everything_is_selected():
     call = replace(PREFILL, N=1024 * 4)
     assert choose(call, H200, 1024, 1024) is not None
     assert choose(call, H200, 1024, 8192) is None
-
-
-def test_visits_of_many_heads_count_for_more():
-    thresholds = [default(replace(PREFILL, H=H), H200, 2.0).break_even for H in (1, 16, 32, 64)]
-    assert thresholds == [2.0, 2.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

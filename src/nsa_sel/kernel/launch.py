@@ -26,6 +26,13 @@ MAX_CONTEXT = 2**31 - 1  # tokens of K and V
 _launches = 0
 
 
+def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor on this device, which is current."""
+    if _empty_strided_cuda is not None and not INTERPRETED:
+        return _empty_strided_cuda(shape, stride, dtype)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
 def launch_count() -> int:
     """Return how many times this process has launched the kernel."""
     return _launches
@@ -194,10 +201,7 @@ class Plan:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, ranges, out, lse, placed)
         if out is None:
-            if _empty_strided_cuda is not None and not INTERPRETED:
-                out = _empty_strided_cuda(self.out_shape, self.out_stride, self.dtype)
-            else:
-                out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
+            out = empty(self.out_shape, self.out_stride, self.dtype, self.device)
         if 0 in self.out_shape:
             return out
         lse_at = None if lse is None else lse.data_ptr()

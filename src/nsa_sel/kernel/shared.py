@@ -258,18 +258,20 @@ def _sel_rest(
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
     TQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute those of the n_rows rows whose query tile does not share: program i takes row i, i + programs and so on.
+    """Compute those of each group's n_rows rows whose query tile does not share.
 
-    These are up to ROWS, a power of two, from all over the sequence: where few query tiles do not share, their rows lie
-    in different programs. The other arguments are those of `_sel_fwd`, without splits.
+    Program (i, g) takes rows i, i + programs and so on of group g. These are up to ROWS, a power of two, from all over
+    the sequence: where few query tiles do not share, their rows lie in different programs. All of one group: programs
+    that run at the same time then read the K and V of one group, as in `_sel_fwd`, for L2's sake. The other arguments
+    are those of `_sel_fwd`, without splits.
     """
-    rows_of_group = n_rows // G
+    g = tl.program_id(1).to(tl.int64)
     step = tl.num_programs(0)
     each = tl.program_id(0) + tl.arange(0, ROWS) * step
-    _, _, _, of_each = row_at(each, rows_of_group, S, G, TQ)
+    _, _, of_each = row_at(each, g, S, G, TQ)
     if tl.min(tl.load(count_ptr + 2 * of_each, mask=each < n_rows, other=0)) < 0:
         for i in range(tl.program_id(0), n_rows, step):
-            b, s, g, query_tile = row_at(i, rows_of_group, S, G, TQ)
+            b, s, query_tile = row_at(i, g, S, G, TQ)
             if tl.load(count_ptr + 2 * query_tile) < 0:
                 attend_row(
                     b, s, g, 0, 0,

@@ -6,19 +6,22 @@ from dataclasses import dataclass, replace
 
 from .call import Call, Gpu
 from .kv import MAX_TMA_ROWS
-from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width, span_bucket
+from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_width, span_bucket
 
-# By GPU: from how many visits per KV tile on a query tile of 64 rows shares, with up to 16 heads; a visit of more heads
-# counts for more. Only GPUs named here share at all. None is yet: for an H200 the rates of both kernels suggest about
-# 2.3, which is not measured.
-BREAK_EVEN: dict[str, float] = {}
+# By GPU: from how many visits per KV tile on a query tile of 64 rows shares. Only GPUs named here share at all.
+# On an H200 (bf16, H=16, D=128, rows of 16 blocks of 64) a tile that is shared takes 3.7 to 3.9 ns of the whole GPU,
+# a visit by a row 2.1 ns with a context of 4096 and 2.7 with one of 16384; a row's beginning and end take 7 ns, a query
+# tile's 18. So a query tile pays from 1.75 visits per tile on at 4096, and from 1.3 at 16384. Where all share, nothing
+# waits for the other rows' kernel, hence a number near the lower one.
+BREAK_EVEN = {"NVIDIA H200": 1.4}
 MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row by row
-# How much work, rows times tokens, makes up for the index: where it is certain that queries share, and where not.
-# Guesses, not measured.
-CERTAIN_WORK, UNCERTAIN_WORK = 2**20, 2**23
+# How much work, rows times tokens, makes up for the index and for kernels that have nothing to do: where it is certain
+# that queries share, and where not. On an H200 those take 10 to 20 us, and one row 40 ns.
+CERTAIN_WORK, UNCERTAIN_WORK = 2**21, 2**24
+FEWEST_QUERIES = 3.5  # of a query tile, on average: three that select at random gain nothing
 MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
 SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
-LONGEST_CONTEXT = 64  # times max_len: the index of a row grows with its context, the row itself does not
+LONGEST_CONTEXT = 32  # times max_len: the index of a row grows with its context, the row itself does not
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,12 @@ class SharedLaunch:
     def cover_constants(self, H: int, n_spans: int, S_kv: int) -> dict[str, int]:
         """Return the compile-time arguments of `_cover` that follow from the launch, by name."""
         TQ = self.queries(H)
-        words = min(next_power_of_2(-(-S_kv // (32 * self.block_t))), max(1, 128 // TQ))
-        return {"TQ": TQ, "BLOCK_T": self.block_t, "WORDS": words, "UNROLL": min(next_power_of_2(n_spans), 8)}
+        all_words = -(-S_kv // (32 * self.block_t))
+        words = min(next_power_of_2(all_words), max(1, 128 // TQ))
+        spans = min(next_power_of_2(n_spans), max(1, 32 // (TQ * words)))
+        unroll = min(next_power_of_2(n_spans) // spans, 8)
+        constants = {"TQ": TQ, "BLOCK_T": self.block_t, "WORDS": words, "SPANS": spans, "UNROLL": unroll}
+        return constants | {"ONCE": words >= all_words}
 
 
 def shared_bytes(launch: SharedLaunch, D: int, Dv: int, element_bytes: int) -> int:
@@ -109,11 +116,12 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
     if S_kv > LONGEST_CONTEXT * call.max_len:
         return None
     launch = default(call, gpu, break_even)
+    tiles_of_sequence = -(-S // launch.queries(call.H))
+    query_tiles = call.N // S * tiles_of_sequence
+    if tiles_of_sequence * FEWEST_QUERIES > S or query_tiles < 2 * gpu.sm_count:
+        return None
     queries = min(launch.queries(call.H), S)  # of a query tile
     certain = queries * call.max_len >= launch.break_even * S_kv  # long rows share so much, whatever they select
-    query_tiles = call.N // S * -(-S // launch.queries(call.H))
-    if queries < max(2, launch.break_even) or query_tiles < 2 * gpu.sm_count:
-        return None
     if call.N * call.max_len < (CERTAIN_WORK if certain else UNCERTAIN_WORK):
         return None
     return launch if shared_bytes(launch, call.D, call.Dv, 2) <= gpu.shared_bytes else None
@@ -122,7 +130,6 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
 def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
     """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit."""
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
-    break_even *= 16 / padded_heads(call.H)
     block_t = 64 if call.max_len >= 64 * call.n_spans else 32
     launch = SharedLaunch(64, block_t, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 2, tma, break_even)
     if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers

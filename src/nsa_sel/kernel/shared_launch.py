@@ -19,26 +19,28 @@ from .coverage import COVER_TENSORS, _cover
 from .device import INTERPRETED, call_of, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
 from .kv import MAX_TMA_ROWS, Placed, lie_of
-from .launch import Plan, count_launches, launch_for
+from .launch import Plan, count_launches, empty, launch_for
 from .launch_config import LaunchConfig, next_power_of_2
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
 from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, MAX_SHARED_SPANS, SharedLaunch, choose
 from .start import Start
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, ranges, out, lse
+Addresses = tuple[int, int, int, int, int, int | None]  # of those
 
 
 class Index(NamedTuple):
     """Hold the coverage index of a call, what `_cover` writes.
 
     room: tiles, who and counts of the query tiles, from the element in `starts` on. capacity: the places of a query
-    tile's list. wide: `who` has 64 bits.
+    tile's list. wide: `who` has 64 bits. addresses: where `tensors` lie.
     """
 
     room: Tensor
     starts: tuple[int, int, int]
     capacity: int
     wide: bool
+    addresses: tuple[int, int, int]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,12 +49,6 @@ class Index(NamedTuple):
             self.room[start:end] for start, end in zip(self.starts, (*self.starts[1:], None), strict=True)
         )
         return tiles, who.view(torch.int64) if self.wide else who, counts
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Return where `tensors` lie."""
-        at = self.room.data_ptr()
-        return tuple(at + 4 * start for start in self.starts)
 
 
 class Found(NamedTuple):
@@ -66,6 +62,7 @@ class Passed(NamedTuple):
     """Hold what the three kernels are passed for K and V that lie in one way, beside tensors and descriptors.
 
     starts, length: of an index in its room. cover, shared, rest: the values, in order. words: of `_cover` at a time.
+    cover_options: what `_cover` is compiled with.
     """
 
     placed: Placed
@@ -76,6 +73,7 @@ class Passed(NamedTuple):
     cover: tuple
     shared: tuple
     rest: tuple
+    cover_options: dict[str, int]
 
 
 def plan_for(
@@ -139,15 +137,16 @@ class SharedPlan(Plan):
         if problem := self._shared_problem(scale, D):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
         self.TQ = TQ = shared.queries(H)
-        self.n_rows, self.query_tiles = B * S * G, B * -(-S // TQ) * G
+        self.n_rows, self.query_tiles = B * S, B * -(-S // TQ) * G  # rows of a group
         programs = min(shared.programs * gpu_of(q.device).sm_count, self.query_tiles) or self.query_tiles
         self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), 0, (), False)
         boxes = shared.block_d, shared.block_dv
         self.start_shared = Start(_sel_shared, (programs, 1, 1), shared.block_t, boxes, shared.tma)
-        rest = max(1, -(-self.n_rows // shared.rest_rows)), 1, 1
-        self.start_rest = Start(_sel_rest, rest, row.block_l, self.boxes, self.tma)
+        rest = max(1, -(-self.n_rows // shared.rest_rows))
+        self.start_rest = Start(_sel_rest, (rest, G, 1), row.block_l, self.boxes, self.tma)
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
         self.most_listed = TQ * (max_len // shared.block_t + 2 * self.n_spans) if max_len is not None else None
+        self.shared_options = shared.options
         self.last_passed: Passed | None = None
 
     def _shared_problem(self, scale: float | None, D: int) -> str | None:
@@ -198,6 +197,7 @@ class SharedPlan(Plan):
             tuple(cover[name] for name in _cover.arg_names[len(COVER_TENSORS) :]),
             tuple(shared[name] for name in _sel_shared.arg_names[len(SHARED_TENSORS) :]),
             (self.n_rows, *placed.arguments, self.TQ, next_power_of_2(self.shared.rest_rows)),
+            {"num_warps": 1 if self.TQ * constants["WORDS"] <= 32 else 4},  # a lane for each word of each query
         )  # fmt: skip
 
     def run(
@@ -218,16 +218,17 @@ class SharedPlan(Plan):
         if placed is None or 0 in self.out_shape or not 0 < k.shape[2] <= MAX_TMA_ROWS:
             return super().run(q, k, v, ranges, out, lse, placed)
         passed = self.passed(placed)
-        given = [x for x in (q, k, v, ranges, out, lse) if x is not None]
-        if not passed.capacity or any(x.data_ptr() & 15 for x in given):
-            return super().run(q, k, v, ranges, out, lse, placed)
         if out is None:
-            out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
-        tensors, index = (q, k, v, ranges, out, lse), self.index(passed)
+            out = empty(self.out_shape, self.out_stride, self.dtype, self.device)
+        tensors = q, k, v, ranges, out, lse
+        at = addresses(tensors)
+        if not passed.capacity or (at[0] | at[1] | at[2] | at[3] | at[4] | (at[5] or 0)) & 15:
+            return super().run(q, k, v, ranges, out, lse, placed)
+        index = self.index(passed)
         try:
             self.cover(ranges, passed, index)
-            self.attend(tensors, passed, index)
-            self.attend_rest(tensors, passed, index)
+            self.attend(tensors, passed, index, at)
+            self.attend_rest(tensors, passed, index, at)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler, its cache and the driver raise whatever they like
@@ -249,8 +250,9 @@ class SharedPlan(Plan):
 
     def index(self, passed: Passed) -> Index:
         """Return room for the coverage index."""
-        room = torch.empty(passed.length, dtype=torch.int32, device=self.device)
-        return Index(room, passed.starts, passed.capacity, self.TQ > 32)
+        room = empty((passed.length,), (1,), torch.int32, self.device)
+        at, (tiles, who, count) = room.data_ptr(), passed.starts
+        return Index(room, passed.starts, passed.capacity, self.TQ > 32, (at + 4 * tiles, at + 4 * who, at + 4 * count))
 
     def cover(self, ranges: Tensor, passed: Passed, index: Index) -> None:
         """Make the coverage index."""
@@ -260,36 +262,34 @@ class SharedPlan(Plan):
             lambda: (ranges, *index.tensors),
             passed.placed,
             passed.cover,
-            self.cover_options(passed),
+            passed.cover_options,
         )
 
-    def cover_options(self, passed: Passed) -> dict[str, int]:
-        """Return the options of `_cover`: a warp where that has a lane for each word of each query."""
-        return {"num_warps": 1 if self.TQ * passed.words <= 32 else 4}
-
-    def attend(self, tensors: Tensors, passed: Passed, index: Index) -> None:
-        """Compute the query tiles that share."""
+    def attend(self, tensors: Tensors, passed: Passed, index: Index, at: Addresses | None = None) -> None:
+        """Compute the query tiles that share; at: where the tensors lie."""
         self.start_shared(
             tensors[5] is None,
-            (*addresses(tensors), *index.addresses),
+            (*(at or addresses(tensors)), *index.addresses),
             lambda: (*tensors, *index.tensors),
             passed.placed,
             passed.shared,
-            self.shared.options,
+            self.shared_options,
         )
 
-    def attend_rest(self, tensors: Tensors, passed: Passed, index: Index) -> None:
-        """Compute the rows of the other query tiles."""
+    def attend_rest(self, tensors: Tensors, passed: Passed, index: Index, at: Addresses | None = None) -> None:
+        """Compute the rows of the other query tiles; at: where the tensors lie."""
         self.start_rest(
             tensors[5] is None,
-            (*addresses(tensors), *index.addresses[2:]),
-            lambda: (*tensors, *index.tensors[2:]),
+            (*(at or addresses(tensors)), index.addresses[2]),
+            lambda: (*tensors, index.tensors[2]),
             passed.placed,
             passed.rest,
             self.options,
         )
 
 
-def addresses(tensors: Tensors) -> tuple[int | None, ...]:
+def addresses(tensors: Tensors) -> Addresses:
     """Return where tensors lie."""
-    return tuple(None if x is None else x.data_ptr() for x in tensors)
+    q, k, v, ranges, out, lse = tensors
+    lse_at = None if lse is None else lse.data_ptr()
+    return q.data_ptr(), k.data_ptr(), v.data_ptr(), ranges.data_ptr(), out.data_ptr(), lse_at

@@ -22,13 +22,12 @@ def query_tile_at(i, tiles_of_group, S, G, TQ: tl.constexpr):
 
 
 @triton.jit
-def row_at(i, rows_of_group, S, G, TQ: tl.constexpr):
-    """Return b, s and g of the row that is the i-th in order, and its query tile: group by group, the last first."""
-    x = i % rows_of_group
-    b = (x // S).to(tl.int64)
-    s = S - 1 - x % S
-    g = (i // rows_of_group).to(tl.int64)
-    return b, s.to(tl.int64), g, (b * tl.cdiv(S, TQ) + s // TQ) * G + g
+def row_at(i, g, S, G, TQ: tl.constexpr):
+    """Return b and s of the row of group g that is the i-th in order, the last of each sequence first, and its query
+    tile."""
+    b = (i // S).to(tl.int64)
+    s = S - 1 - i % S
+    return b, s.to(tl.int64), (b * tl.cdiv(S, TQ) + s // TQ) * G + g
 
 
 @triton.jit

@@ -21,6 +21,7 @@ class Start:
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], block_l: int, boxes: Boxes, tma: bool) -> None:
         self.kernel, self.grid, self.block_l, self.boxes, self.tma = kernel, grid, block_l, boxes, tma
+        self.none: tuple = (None,) * len(boxes)
         self.known: dict[Any, direct.Direct | None] = {}
         self.descriptors: dict[tuple, tuple] = {}
 
@@ -44,21 +45,21 @@ class Start:
                 self.known[kind] = direct.direct_launch(compiled)
             return
         launch, head, one_tuple, describe, _ = known
-        described: tuple = (None,) * len(self.boxes)
-        if describe is not None:
+        if describe is None:
+            described = self.none
+        else:
             at = pointers[1], pointers[2], placed.rows
             described = self.descriptors.get(at) or self._describe(describe, at, placed)
         stream = 0 if INTERPRETED else torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-        arguments = (*pointers, *described, *values)
         if one_tuple:
-            launch(*self.grid, stream, *head, arguments)
+            launch(*self.grid, stream, *head, (*pointers, *described, *values))
         else:
-            launch(*self.grid, stream, *head, *arguments)
+            launch(*self.grid, stream, *head, *pointers, *described, *values)
 
     def public(self, tensors: tuple[Tensor | None, ...], placed: Placed) -> tuple:
         """Return the descriptors of K and V as Triton takes them; none where the kernel has no place for them."""
         if not self.tma:
-            return (None,) * len(self.boxes)
+            return self.none
         return descriptors(tensors[1:3], placed.rows, placed.columns, self.block_l, self.boxes)  # type: ignore[arg-type]
 
     def _describe(self, describe: Any, at: tuple, placed: Placed) -> tuple:

@@ -130,7 +130,7 @@ def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
         passed = sharing.passed(sharing.places.last)
         index, given = sharing.index(passed), (q, k, v, ranges, tensor(1), lse)
         starts = {
-            "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, sharing.cover_options(passed)),
+            "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, passed.cover_options),
             "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared.options),
             "_sel_rest": (sharing.start_rest, (*given, *index.tensors[2:]), passed.rest, sharing.options),
         }
