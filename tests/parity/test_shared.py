@@ -202,12 +202,12 @@ def test_triton_sel_parity_of_shared_tiles_in_prefill(layout, dtype):
     assert (out[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("break_even", (0.0, 1.2))
-def test_triton_sel_parity_of_shared_tiles_beside_rows_of_their_own(break_even):
+@pytest.mark.parametrize(("break_even", "partial_stages"), ((0.0, 2), (1.2, 2), (0.0, 0)))
+def test_triton_sel_parity_of_shared_tiles_beside_rows_of_their_own(break_even, partial_stages):
     """Touching, overlapping, repeated, empty, unordered and wild spans, several groups and batch entries."""
     ranges = torch.cat((MIXED, rows(OUT_OF_RANGE)[:, :, :, :3], MIXED.flip(3), MIXED[:, :2]), 1)
     case = Case(ranges.repeat(2, 1, 2, 1, 1), MIXED_S_KV, **TQ4)
-    check_shared(case, shared(case, break_even=break_even, rest_rows=3))
+    check_shared(case, shared(case, break_even=break_even, rest_rows=3, partial_stages=partial_stages))
 
 
 NARROW = LaunchConfig("gather", BLOCK, 64, 64, 4, 2, narrow=True)
@@ -283,12 +283,19 @@ Runs = st.lists(st.tuples(st.integers(-9, 90), st.integers(-3, 60)), min_size=1,
 
 
 @settings(max_examples=here(200, 12), deadline=None)
-@given(st.lists(Runs, min_size=2, max_size=here(9, 6)), st.sampled_from((0.0, 1.5)), st.sampled_from(("64", "16")))
-@example([[(0, 16), (16, 16), (0, 16)], [(0, 32)]], 0.0, "16")
-def test_triton_sel_parity_of_shared_tiles_of_any_spans(spans, break_even, rows_of_products):
+@given(
+    st.lists(Runs, min_size=2, max_size=here(9, 6)),
+    st.sampled_from((0.0, 1.5)),
+    st.sampled_from(("64", "16")),
+    st.sampled_from((0, 2)),
+)
+@example([[(0, 16), (16, 16), (0, 16)], [(0, 32)]], 0.0, "16", 2)
+@example([[(0, 16), (16, 16), (0, 16)], [(0, 32), (40, 3), (50, 3)]], 0.0, "16", 0)
+def test_triton_sel_parity_of_shared_tiles_of_any_spans(spans, break_even, rows_of_products, partial_stages):
     lists = [[(start, start + length) for start, length in runs] for runs in spans]
     case = Case(rows(*lists), 83, **TQ4)
-    check_shared(case, shared(case, break_even=break_even, rows=here(int(rows_of_products), 16)))
+    launch = shared(case, break_even=break_even, rows=here(int(rows_of_products), 16), partial_stages=partial_stages)
+    check_shared(case, launch)
 
 
 def test_triton_sel_parity_of_shared_tiles_twice_gives_the_same_bits():
@@ -300,15 +307,16 @@ def test_triton_sel_parity_of_shared_tiles_twice_gives_the_same_bits():
 
 
 @spoils
+@pytest.mark.parametrize("partial_stages", (0, 2))
 @pytest.mark.parametrize("value", ("float('nan')", "float('inf')", "-float('inf')"))
 @pytest.mark.parametrize("which", ("k", "v"))
-def test_triton_sel_parity_of_shared_tiles_keeps_apart_what_only_some_queries_select(which, value):
+def test_triton_sel_parity_of_shared_tiles_keeps_apart_what_only_some_queries_select(which, value, partial_stages):
     """Token `own` is selected, as part of a whole and of a partial tile, by one query of the first query tile alone."""
     common, H = (0, BLOCK), here(16, 4)
     for own, spans in ((2 * BLOCK + 3, (2 * BLOCK, 3 * BLOCK)), (BLOCK + 5, (BLOCK + 5, BLOCK + 9))):
         case = Case(rows(*[[common]] * 2, [common, spans], *[[common]] * 5), 3 * BLOCK, H=H, D=32, Dv=32)
         spoilt = replace(case, edit=f"{which}[:, :, {own}] = {value}")
-        plan, inputs = planned(spoilt, shared(case))
+        plan, inputs = planned(spoilt, shared(case, partial_stages=partial_stages))
         out, index = steps(plan, *inputs)
         assert rest_of(index) == [0]
         others = [0, 1, 3, 4, 5, 6, 7]
@@ -335,11 +343,12 @@ def _rows_of(case: Case, queries: list[int]) -> tuple[Tensor, ...]:
 
 
 @spoils
+@pytest.mark.parametrize("partial_stages", (0, 2))
 @pytest.mark.parametrize("tma", (False, pytest.param(True, marks=pytest.mark.skipif(not has_tma(), reason="no TMA"))))
-def test_triton_sel_parity_of_shared_tiles_does_not_see_what_nobody_selects(tma):
+def test_triton_sel_parity_of_shared_tiles_does_not_see_what_nobody_selects(tma, partial_stages):
     spans = [[(0, BLOCK), (BLOCK + 2, BLOCK + 7)], [(0, BLOCK)], [(BLOCK + 3, BLOCK + 9)], []]
     case = Case(rows(*spans).repeat(1, 1, 2, 1, 1), 2 * BLOCK - 2, **TQ4)
-    plan, inputs = planned(case, shared(case, tma=tma))
+    plan, inputs = planned(case, shared(case, tma=tma, partial_stages=partial_stages))
     out, _ = steps(plan, *inputs)
     for value in ("1e4", "float('nan')", "float('inf')"):
         outside = [*range(BLOCK, BLOCK + 2), *range(BLOCK + 9, 2 * BLOCK - 2)]

@@ -28,7 +28,7 @@ _launches = 0
 
 def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a new tensor on this device, which is current."""
-    if _empty_strided_cuda is not None and not INTERPRETED:
+    if _empty_strided_cuda is not None and device.type == "cuda":
         return _empty_strided_cuda(shape, stride, dtype)
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 

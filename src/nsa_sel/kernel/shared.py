@@ -18,11 +18,14 @@ from .shared_tiles import (
     has_nan,
     load_rows,
     load_spans_of_queries,
+    mask_partial,
     only_span,
     query_tile_at,
     row_at,
+    selected_once,
     store_rows,
 )
+from .tiles import scores
 
 SHARED_POINTERS = ("q", "k", "v", "ranges", "out", "lse", "tiles", "who", "count")
 SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
@@ -92,43 +95,62 @@ def share_tile(
     desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
     if COLUMNS:
         desc_row = (b * stride_kb).to(tl.int32)
-    for i in range(0, n_whole):
-        next_tile = tl.load(tiles_at + i + 1)  # a step ahead, so that no load of K and V waits for it
-        next_who = tl.load(who_at + i + 1)
+    every_token = offs_t < BLOCK_T
+    spoilt = 0
+    n_left = 0
+    TOGETHER: tl.constexpr = PARTIAL_STAGES == 0
+    n_first = n_whole
+    if TOGETHER:
+        n_first += n_partial
+        if n_whole == 0:
+            tile = tl.load(tiles_at + (capacity - 1))
+            who = tl.load(who_at + (capacity - 1))
+    for i in range(0, n_first):
+        following = i + 1  # a step ahead, so that no load of K and V waits for it
+        if TOGETHER:
+            following = tl.where(following < n_whole, following, tl.maximum(capacity - 2 - (i - n_whole), 0))
+        next_tile = tl.load(tiles_at + following)
+        next_who = tl.load(who_at + following)
         chosen = ((who >> query) & 1) != 0
         token = tile * BLOCK_T
         at = desc_row + token
         tokens = token + offs_t
+        if TOGETHER:
+            tokens = tl.minimum(tokens, S_kv - 1)
+        s_tile = scores(
+            q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k, col_k,
+            every_token, D, BLOCK_D, TMA, False,
+        )  # fmt: skip
+        if TOGETHER:
+            s_tile, left = mask_partial(s_tile, i >= n_whole, start, end, token, HEADS, BLOCK_T)
+            n_left += left
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-            q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-            k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, chosen, None, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
+            s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+            v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, chosen, None, None,
+            DV, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
         tile = next_tile
         who = next_who
 
-    # Of a partial tile a query mostly has one span. Where it has more, the tile is left for a loop of its own.
-    spoilt = 0
-    n_left = 0
-    tile = tl.load(tiles_at + (capacity - 1))
-    for i in tl.range(0, n_partial, num_stages=PARTIAL_STAGES):
-        next_tile = tl.load(tiles_at + (capacity - 1 - tl.minimum(i + 1, n_partial - 1)))
-        token = tile * BLOCK_T
-        at = desc_row + token
-        tokens = tl.minimum(token + offs_t, S_kv - 1)
-        first, last, most = only_span(start, end, token, HEADS, BLOCK_T)
-        left = (most > 1).to(tl.int32)
-        n_left += left
-        last = tl.where(left != 0, 0, last)
-        selects = (offs_t[None, :] >= first[:, None]) & (offs_t[None, :] < last[:, None])
-        acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-            q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-            k_desc if TMA else k_row, v_desc if TMA else v_row,
-            at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, None, selects, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
-        )  # fmt: skip
-        tile = next_tile
+    if not TOGETHER:
+        tile = tl.load(tiles_at + (capacity - 1))
+        for i in tl.range(0, n_partial, num_stages=PARTIAL_STAGES):
+            next_tile = tl.load(tiles_at + (capacity - 1 - tl.minimum(i + 1, n_partial - 1)))
+            token = tile * BLOCK_T
+            at = desc_row + token
+            tokens = tl.minimum(token + offs_t, S_kv - 1)
+            selects, left = selected_once(start, end, token, HEADS, BLOCK_T)
+            n_left += left
+            s_tile = scores(
+                q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k,
+                col_k, every_token, D, BLOCK_D, TMA, False,
+            )  # fmt: skip
+            acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
+                s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+                v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, None, selects, None,
+                DV, BLOCK_DV, BLOCK_T, TMA,
+            )  # fmt: skip
+            tile = next_tile
     if n_left > 0:
         row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
         for i in tl.range(0, n_partial, num_stages=1):
@@ -141,12 +163,14 @@ def share_tile(
                     row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, BLOCK_T, UNROLL
                 )
                 spoilt |= tl.max((more != 0).to(tl.int32))
+                s_tile = scores(
+                    q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k,
+                    col_k, every_token, D, BLOCK_D, TMA, False,
+                )  # fmt: skip
                 acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                    k_desc if TMA else k_row, v_desc if TMA else v_row,
-                    at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v,
-                    None, times > 0, times,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_T, TMA,
+                    s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+                    v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, None, times > 0, times,
+                    DV, BLOCK_DV, BLOCK_T, TMA,
                 )  # fmt: skip
 
     spoilt |= has_nan(acc0)

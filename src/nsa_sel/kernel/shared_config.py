@@ -30,10 +30,10 @@ class SharedLaunch:
 
     rows: rows of a product, queries of a query tile times padded heads. block_t: tokens of a KV tile. block_d,
     block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
-    over partial tiles. tma: K and V through descriptors. break_even: visits per KV tile from which on a query tile
-    shares, 0 for always. rest_rows: how many rows a program of the others has, if none shares. programs: of the shared
-    kernel for each SM, which take query tiles in turn; 0: one for each query tile. max_registers: of its threads; 0: no
-    limit.
+    over partial tiles, 0 if its first loop takes those as well. tma: K and V through descriptors. break_even: visits
+    per KV tile from which on a query tile shares, 0 for always. rest_rows: how many rows a program of the others has,
+    if none shares. programs: of the shared kernel for each SM, which take query tiles in turn; 0: one for each query
+    tile. max_registers: of its threads; 0: no limit.
     """
 
     rows: int

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .coverage import bits_between
-from .tiles import dot, load_spans, load_tile, scores
+from .tiles import dot, load_spans, load_tile
 
 
 @triton.jit
@@ -75,6 +75,29 @@ def only_span(start, end, first_token, HEADS: tl.constexpr, BLOCK_T: tl.constexp
 
 
 @triton.jit
+def selected_once(start, end, first_token, HEADS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Return which of the BLOCK_T tokens from first_token on each row selects, [ROWS, BLOCK_T], and 0.
+
+    If a query has several spans there, nobody selects any, and the second result is 1: the tile is left.
+    """
+    first, last, most = only_span(start, end, first_token, HEADS, BLOCK_T)
+    left = (most > 1).to(tl.int32)
+    last = tl.where(left != 0, 0, last)
+    offs_t = tl.arange(0, BLOCK_T)
+    return (offs_t[None, :] >= first[:, None]) & (offs_t[None, :] < last[:, None]), left
+
+
+@triton.jit
+def mask_partial(s, partial, start, end, first_token, HEADS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Return the scores of a tile, and of a partial one only those that `selected_once` says; and 1 if it is left."""
+    left = 0
+    if partial:
+        selects, left = selected_once(start, end, first_token, HEADS, BLOCK_T)
+        s = tl.where(selects, s, float("-inf"))
+    return s, left
+
+
+@triton.jit
 def of_heads(x, HEADS: tl.constexpr):
     """Repeat each query's value for its heads: [queries] gives [queries · HEADS]."""
     return tl.reshape(tl.broadcast_to(x[:, None], [x.shape[0], HEADS]), [x.shape[0] * HEADS])
@@ -113,19 +136,16 @@ def each_bit(words, BITS: tl.constexpr):
 
 @triton.jit
 def attend_shared(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v,
-    chosen, selects, times,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
-    TMA: tl.constexpr,
+    s, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v, at_v, col_v, chosen, selects, times,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Take one KV tile into the online softmax of a query tile; scale_log2 is positive.
+    """Take one KV tile, of which a query tile has the scores s, into its online softmax; scale_log2 is positive.
 
-    Of a whole tile the rows `chosen` take every token, the others none: for them the maximum that is subtracted from
-    the scores is infinite, which costs nothing per score. Of a partial tile, which has no `chosen`, each row takes the
+    Of a tile with `chosen` the rows chosen take every token with a finite score, the others none: for them the maximum
+    that is subtracted from the scores is infinite, which costs nothing per score. Of one without, each row takes the
     tokens that it `selects`, [ROWS, BLOCK_T], each as many `times`, or once where that is None.
     """
     every_token = tl.arange(0, BLOCK_T) < BLOCK_T
-    s = scores(q0, q1, q2, q3, k, k, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
     if chosen is None:
         s = tl.where(selects, s * scale_log2, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
