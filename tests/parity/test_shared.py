@@ -375,7 +375,7 @@ def plans(monkeypatch) -> list[SharedPlan]:
     from nsa_sel.kernel.device import gpu_of
 
     monkeypatch.setitem(shared_config.BREAK_EVEN, gpu_of(torch.empty(0, device=DEVICE).device).name, 0.5)
-    for name in ("CERTAIN_WORK", "UNCERTAIN_WORK", "SHORTEST_SPANS"):
+    for name in ("CERTAIN_WORK", "UNCERTAIN_WORK", "FEWEST_QUERIES", "SHORTEST_SPANS"):
         monkeypatch.setattr(shared_config, name, 0)
     monkeypatch.setattr(shared_launch, "gpu_of", lambda device: replace(gpu_of(device), sm_count=1))
     for module in (dispatch, training):

@@ -28,12 +28,12 @@ def test_prefill_of_a_selections_blocks_shares():
 
 
 def test_only_measured_gpus_share_tiles(monkeypatch):
-    monkeypatch.setattr(shared_config, "BREAK_EVEN", measured_on := {"NVIDIA H200": 1.4})
+    monkeypatch.setattr(shared_config, "BREAK_EVEN", measured_on := {"NVIDIA H200": 1.6})
     assert measured_on == BREAK_EVEN
     q = torch.empty(1, 4096, 4, 16, 128, dtype=torch.float16, device="meta")
     k = torch.empty(1, 4, 4096, 128, dtype=torch.float16, device="meta")
     ranges = torch.empty(1, 4096, 4, 16, 2, dtype=torch.int32, device="meta")
-    for name, expected in (("NVIDIA H200", 1.4), ("NVIDIA H100 80GB HBM3", None), ("NVIDIA A100-SXM4-80GB", None)):
+    for name, expected in (("NVIDIA H200", 1.6), ("NVIDIA H100 80GB HBM3", None), ("NVIDIA A100-SXM4-80GB", None)):
         monkeypatch.setattr(shared_launch, "gpu_of", lambda device, name=name: replace(H200, name=name))
         launch = shared_launch.eligible(q, k, k, ranges, None, None, 1024)
         assert (launch and launch.break_even) == expected
@@ -52,8 +52,21 @@ def test_only_measured_gpus_share_tiles(monkeypatch):
     ],
 )
 def test_other_calls_are_computed_row_by_row(change, S):
-    assert choose(PREFILL, H200, 4096, 32_768) is not None
-    assert choose(replace(PREFILL, **change), H200, S, 32_768) is None
+    assert choose(PREFILL, H200, 4096, 4096) is not None
+    assert choose(replace(PREFILL, **change), H200, S, 4096) is None
+
+
+def test_short_rows_are_indexed_only_where_so_much_is_selected_that_queries_must_share():
+    call = replace(PREFILL, N=4096 * 16, max_len=512, n_spans=8)
+    assert choose(call, H200, 4096, 4096) is None
+    assert choose(replace(call, H=4), H200, 2048, 2048) is not None
+
+
+def test_the_end_of_a_long_prefill_is_computed_row_by_row_unless_so_much_is_selected_that_all_share():
+    call = replace(PREFILL, N=8192 * 4)
+    assert choose(call, H200, 8192, 8192) is not None
+    assert choose(call, H200, 8192, 8256) is None
+    assert choose(replace(call, max_len=8192, n_spans=64), H200, 8192, 8256) is not None
 
 
 @pytest.mark.parametrize(
@@ -64,8 +77,8 @@ def test_few_queries_share_where_they_fill_their_query_tiles(S, shares):
 
 
 def test_a_context_that_is_long_beside_what_a_row_selects_is_not_indexed():
-    assert choose(PREFILL, H200, 4096, 32_768) is not None
-    assert choose(PREFILL, H200, 4096, 32_832) is None
+    assert choose(replace(PREFILL, N=4 * 32_768), H200, 32_768, 32_768) is not None
+    assert choose(replace(PREFILL, N=4 * 32_832), H200, 32_832, 32_832) is None
 
 
 def test_one_query_per_tile_has_nothing_to_share():

@@ -10,14 +10,14 @@ from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_wi
 
 # By GPU: from how many visits per KV tile on a query tile of 64 rows shares. Only GPUs named here share at all.
 # On an H200 (bf16, H=16, D=128, rows of 16 blocks of 64) a tile that is shared takes 3.7 to 3.9 ns of the whole GPU,
-# a visit by a row 2.1 ns with a context of 4096 and 2.7 with one of 16384; a row's beginning and end take 7 ns, a query
-# tile's 18. So a query tile pays from 1.75 visits per tile on at 4096, and from 1.3 at 16384. Where all share, nothing
-# waits for the other rows' kernel, hence a number near the lower one.
-BREAK_EVEN = {"NVIDIA H200": 1.4}
+# and a query tile 18 ns besides; a row takes 40 ns with a context of 4096, and 48 with one of 16384. So four queries
+# pay from 1.7 visits per tile on at 4096, and from 1.4 at 16384.
+BREAK_EVEN = {"NVIDIA H200": 1.6}
 MAX_INDEX_BYTES = 2**28  # of the coverage index; a larger call is computed row by row
 # How much work, rows times tokens, makes up for the index and for kernels that have nothing to do: where it is certain
 # that queries share, and where not. On an H200 those take 10 to 20 us, and one row 40 ns.
 CERTAIN_WORK, UNCERTAIN_WORK = 2**21, 2**24
+SHORTEST_UNCERTAIN = 1024  # tokens of a row: shorter ones are done before an index pays, unless queries must share
 FEWEST_QUERIES = 3.5  # of a query tile, on average: three that select at random gain nothing
 MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
 SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
@@ -123,6 +123,9 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
     queries = min(launch.queries(call.H), S)  # of a query tile
     certain = queries * call.max_len >= launch.break_even * S_kv  # long rows share so much, whatever they select
     if call.N * call.max_len < (CERTAIN_WORK if certain else UNCERTAIN_WORK):
+        return None
+    # In a prefill from its start the first queries share at least.
+    if not certain and (S_kv > S or call.max_len < SHORTEST_UNCERTAIN):
         return None
     return launch if shared_bytes(launch, call.D, call.Dv, 2) <= gpu.shared_bytes else None
 
