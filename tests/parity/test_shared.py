@@ -236,14 +236,6 @@ def test_triton_sel_parity_of_shared_tiles_beside_rows_with_a_narrow_last_chunk_
     assert verdict.ok, verdict.message
 
 
-def test_triton_sel_parity_of_shared_tiles_that_programs_take_in_turn():
-    ranges = torch.cat((MIXED, MIXED.flip(3), MIXED[:, :3]), 1).repeat(2, 1, 2, 1, 1)
-    case = Case(ranges, MIXED_S_KV, **TQ4)
-    plan, _ = planned(case, launch := shared(case, break_even=1.2, programs=1))
-    assert here(plan.query_tiles, 1) == plan.start_shared.grid[0] < here(plan.query_tiles + 1, plan.query_tiles)
-    check_shared(case, launch)
-
-
 @pytest.mark.parametrize(
     ("dtype", "H", "D", "Dv"),
     [(DTYPES[i % 3], H, D, Dv) for i, (H, D, Dv) in enumerate(

@@ -91,8 +91,8 @@ def test_spans_shorter_than_a_tile_take_smaller_tiles():
 
 
 def test_a_launch_names_all_that_it_is_compiled_with():
-    launch = replace(default(PREFILL, H200, 2.5), programs=4, max_registers=168)
-    assert str(launch) == "shared R64 BT64 BD128 BDV128 w4 s3+2 tma x2.5 p4 r168"
+    launch = replace(default(PREFILL, H200, 2.5), max_registers=168)
+    assert str(launch) == "shared R64 BT64 BD128 BDV128 w4 s3+2 tma x2.5 r168"
     assert launch.options == {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
     assert "maxnreg" not in default(PREFILL, H200, 2.5).options
 

@@ -96,6 +96,8 @@ def share_tile(
     if COLUMNS:
         desc_row = (b * stride_kb).to(tl.int32)
     every_token = offs_t < BLOCK_T
+    k_tiles = k_desc if TMA else k_row
+    v_tiles = v_desc if TMA else v_row
     spoilt = 0
     n_left = 0
     TOGETHER: tl.constexpr = PARTIAL_STAGES == 0
@@ -117,17 +119,14 @@ def share_tile(
         tokens = token + offs_t
         if TOGETHER:
             tokens = tl.minimum(tokens, S_kv - 1)
-        s_tile = scores(
-            q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k, col_k,
-            every_token, D, BLOCK_D, TMA, False,
-        )  # fmt: skip
+        at_k = at if TMA else tokens * step_k
+        s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
         if TOGETHER:
             s_tile, left = mask_partial(s_tile, i >= n_whole, start, end, token, HEADS, BLOCK_T)
             n_left += left
         acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-            s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-            v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, chosen, None, None,
-            DV, BLOCK_DV, BLOCK_T, TMA,
+            s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v_tiles, at if TMA else tokens * step_v, col_v,
+            chosen, None, None, DV, BLOCK_DV, BLOCK_T, TMA,
         )  # fmt: skip
         tile = next_tile
         who = next_who
@@ -141,14 +140,11 @@ def share_tile(
             tokens = tl.minimum(token + offs_t, S_kv - 1)
             selects, left = selected_once(start, end, token, HEADS, BLOCK_T)
             n_left += left
-            s_tile = scores(
-                q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k,
-                col_k, every_token, D, BLOCK_D, TMA, False,
-            )  # fmt: skip
+            at_k = at if TMA else tokens * step_k
+            s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
             acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-                s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, None, selects, None,
-                DV, BLOCK_DV, BLOCK_T, TMA,
+                s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v_tiles, at if TMA else tokens * step_v, col_v,
+                None, selects, None, DV, BLOCK_DV, BLOCK_T, TMA,
             )  # fmt: skip
             tile = next_tile
     if n_left > 0:
@@ -163,14 +159,11 @@ def share_tile(
                     row_ptr, stride_rn.to(tl.int64), mask_row, token, n_spans, S_kv, BLOCK_T, UNROLL
                 )
                 spoilt |= tl.max((more != 0).to(tl.int32))
-                s_tile = scores(
-                    q0, q1, q2, q3, k_desc if TMA else k_row, k_desc if TMA else k_row, at if TMA else tokens * step_k,
-                    col_k, every_token, D, BLOCK_D, TMA, False,
-                )  # fmt: skip
+                at_k = at if TMA else tokens * step_k
+                s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
                 acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
-                    s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                    v_desc if TMA else v_row, at if TMA else tokens * step_v, col_v, None, times > 0, times,
-                    DV, BLOCK_DV, BLOCK_T, TMA,
+                    s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v_tiles,
+                    at if TMA else tokens * step_v, col_v, None, times > 0, times, DV, BLOCK_DV, BLOCK_T, TMA,
                 )  # fmt: skip
 
     spoilt |= has_nan(acc0)
@@ -210,59 +203,30 @@ def _sel_shared(
     COLUMNS: tl.constexpr, TQ: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
-    IN_TURN: tl.constexpr,
 ):  # fmt: skip
-    """Compute the n_tiles query tiles, as far as they share: program i the i-th, and IN_TURN the i + programs-th too.
+    """Compute the query tile that is the i-th of n_tiles, if it shares: program i.
 
     Row q · HEADS + h of a product is head h of query q; HEADS: H padded to a power of two. Strides, UNIT, WIDE, VIEW
     and COLUMNS as `_sel_fwd` takes them; tiles, who and count as `_cover` writes them.
     """
-    tiles_of_group = n_tiles // G
-    b, first_query, g, query_tile = query_tile_at(tl.program_id(0), tiles_of_group, S, G, TQ)
+    b, first_query, g, query_tile = query_tile_at(tl.program_id(0), n_tiles // G, S, G, TQ)
     n_whole = tl.load(count_ptr + 2 * query_tile)
     n_partial = tl.load(count_ptr + 2 * query_tile + 1)
     tile = tl.load(tiles_ptr + query_tile * capacity)
     who = tl.load(who_ptr + query_tile * capacity)
-    if not IN_TURN:
-        if n_whole < 0:
-            return
-        share_tile(
-            b, first_query, g, query_tile, n_whole, n_partial, tile, who,
-            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
-            scale_log2, S, G, S_kv, n_spans, capacity,
-            stride_qb, stride_qs, stride_qg, stride_qh,
-            stride_kb, stride_kg, stride_kt,
-            stride_vb, stride_vg, stride_vt,
-            stride_rb, stride_rs, stride_rg, stride_rn,
-            H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
-            PARTIAL_STAGES,
-        )  # fmt: skip
-    else:
-        step = tl.num_programs(0)
-        for i in range(tl.program_id(0), n_tiles, step):
-            b, first_query, g, query_tile = query_tile_at(i, tiles_of_group, S, G, TQ)
-            # A step ahead, so that query tiles that do not share are soon passed.
-            _, _, _, next_one = query_tile_at(tl.minimum(i + step, n_tiles - 1), tiles_of_group, S, G, TQ)
-            next_whole = tl.load(count_ptr + 2 * next_one)
-            next_partial = tl.load(count_ptr + 2 * next_one + 1)
-            next_tile = tl.load(tiles_ptr + next_one * capacity)
-            next_who = tl.load(who_ptr + next_one * capacity)
-            if n_whole >= 0:
-                share_tile(
-                    b, first_query, g, query_tile, n_whole, n_partial, tile, who,
-                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
-                    scale_log2, S, G, S_kv, n_spans, capacity,
-                    stride_qb, stride_qs, stride_qg, stride_qh,
-                    stride_kb, stride_kg, stride_kt,
-                    stride_vb, stride_vg, stride_vt,
-                    stride_rb, stride_rs, stride_rg, stride_rn,
-                    H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
-                    PARTIAL_STAGES,
-                )  # fmt: skip
-            n_whole = next_whole
-            n_partial = next_partial
-            tile = next_tile
-            who = next_who
+    if n_whole < 0:
+        return
+    share_tile(
+        b, first_query, g, query_tile, n_whole, n_partial, tile, who,
+        q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, tiles_ptr, who_ptr, count_ptr, k_desc, v_desc,
+        scale_log2, S, G, S_kv, n_spans, capacity,
+        stride_qb, stride_qs, stride_qg, stride_qh,
+        stride_kb, stride_kg, stride_kt,
+        stride_vb, stride_vg, stride_vt,
+        stride_rb, stride_rs, stride_rg, stride_rn,
+        H, D, DV, UNIT, WIDE, VIEW, COLUMNS, TQ, HEADS, BLOCK_D, BLOCK_DV, BLOCK_T, TMA, BLOCK_N, UNROLL,
+        PARTIAL_STAGES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", *SIZE_ARGS, *STRIDE_ARGS])

@@ -32,8 +32,7 @@ class SharedLaunch:
     block_dv: columns per chunk of D and Dv. num_warps, num_stages: of the shared kernel; partial_stages: of its loop
     over partial tiles, 0 if its first loop takes those as well. tma: K and V through descriptors. break_even: visits
     per KV tile from which on a query tile shares, 0 for always. rest_rows: how many rows a program of the others has,
-    if none shares. programs: of the shared kernel for each SM, which take query tiles in turn; 0: one for each query
-    tile. max_registers: of its threads; 0: no limit.
+    if none shares. max_registers: of a thread of the shared kernel; 0: no limit.
     """
 
     rows: int
@@ -46,14 +45,13 @@ class SharedLaunch:
     tma: bool = False
     break_even: float = 0.0
     rest_rows: int = 4
-    programs: int = 0
     max_registers: int = 0
 
     def __str__(self) -> str:
         return (
             f"shared R{self.rows} BT{self.block_t} BD{self.block_d} BDV{self.block_dv} w{self.num_warps} "
             f"s{self.num_stages}+{self.partial_stages}{' tma' if self.tma else ''} x{self.break_even:g}"
-            f"{f' p{self.programs}' if self.programs else ''}{f' r{self.max_registers}' if self.max_registers else ''}"
+            f"{f' r{self.max_registers}' if self.max_registers else ''}"
         )
 
     @property
@@ -85,7 +83,6 @@ class SharedLaunch:
             "BLOCK_N": span_bucket(n_spans),
             "UNROLL": min(next_power_of_2(n_spans), 8),
             "PARTIAL_STAGES": self.partial_stages,
-            "IN_TURN": self.programs > 0,
         }
 
     def cover_constants(self, H: int, n_spans: int, S_kv: int) -> dict[str, int]:

@@ -138,10 +138,9 @@ class SharedPlan(Plan):
             raise ValueError(f"launch: value is {shared}, expected {problem}")
         self.TQ = TQ = shared.queries(H)
         self.n_rows, self.query_tiles = B * S, B * -(-S // TQ) * G  # rows of a group
-        programs = min(shared.programs * gpu_of(q.device).sm_count, self.query_tiles) or self.query_tiles
         self.start_cover = Start(_cover, (self.query_tiles // G, G, 1), 0, (), False)
         boxes = shared.block_d, shared.block_dv
-        self.start_shared = Start(_sel_shared, (programs, 1, 1), shared.block_t, boxes, shared.tma)
+        self.start_shared = Start(_sel_shared, (self.query_tiles, 1, 1), shared.block_t, boxes, shared.tma)
         rest = max(1, -(-self.n_rows // shared.rest_rows))
         self.start_rest = Start(_sel_rest, (rest, G, 1), row.block_l, self.boxes, self.tma)
         # KV tiles that a query tile can list: its spans touch no more, and a longer list is not worth sharing.
