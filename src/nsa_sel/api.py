@@ -73,4 +73,5 @@ def choose_route(
     """
     _, min_len, max_len = arguments.numbers(None, min_len, max_len)
     arguments.check(q, k, v, ranges, min_len, max_len)
-    return dispatch.route(q, k, v, ranges, backend, config_for_call(config), max_len)
+    chosen = dispatch.route(q, k, v, ranges, backend, config_for_call(config), max_len)
+    return dispatch.with_sharing(chosen, q, k, v, ranges, backend, min_len, max_len)

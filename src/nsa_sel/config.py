@@ -15,6 +15,8 @@ from typing import Any, Literal
 import yaml
 
 UseTriton = Literal["auto"] | bool
+MinLen = int | None | Mapping[str, int | None]
+REGIMES = ("inference", "training")
 
 DEFAULT_MIN_LEN = 64
 DEFAULT_RECORD = 16
@@ -32,8 +34,8 @@ class SelConfig:
 
     use_triton_sel: may `"auto"` choose Triton: "auto" = on GPUs with an entry in sel_triton_min_L, True = on any,
     False = never.
-    sel_triton_min_L: L in tokens from which it does, by GPU name plus "default"; None = never. An integer given in
-    place of the map means every GPU.
+    sel_triton_min_L: L in tokens from which it does, by GPU name plus "default"; None = never. A map of REGIMES tells
+    calls that need a gradient apart; a number means never for them. Either in place of the map means every GPU.
     use_sel_pack: fall back to packed SDPA (True) or masked SDPA (False).
     force_parity: kill switch: Triton never runs, SDPA runs without its flash and cuDNN backends.
     sel_validate: check ranges, at the cost of a device sync.
@@ -44,7 +46,7 @@ class SelConfig:
     """
 
     use_triton_sel: UseTriton = "auto"
-    sel_triton_min_L: Mapping[str, int | None] = field(default_factory=lambda: {"default": DEFAULT_MIN_LEN})
+    sel_triton_min_L: Mapping[str, MinLen] = field(default_factory=lambda: {"default": DEFAULT_MIN_LEN})
     use_sel_pack: bool = True
     force_parity: bool = False
     sel_validate: bool = False
@@ -77,8 +79,9 @@ class SelConfig:
             if variable in env:
                 value = parse(variable, env[variable])
                 if name == "sel_triton_min_L":
-                    # One number for every GPU changes the threshold, not the knowledge of which GPUs were measured.
-                    value = dict.fromkeys({"default": None, **values.get(name, {})}, value)
+                    # One number for every GPU changes the threshold, not which GPUs were measured.
+                    known = {"default": None, **values.get(name, {})}
+                    value = {gpu: with_inference(entry, value) for gpu, entry in known.items()}
                 values[name] = value
                 sources[name] = f"environment {variable}"
         return cls(**values, sources=sources)
@@ -87,11 +90,18 @@ class SelConfig:
         """Tell whether this GPU has a measured entry of its own in `sel_triton_min_L`."""
         return gpu_name != "default" and gpu_name in self.sel_triton_min_L
 
-    def min_len_for(self, gpu_name: str | None) -> int | None:
-        """Return the L from which Triton is worth running on this GPU, None for never."""
-        if gpu_name is not None and gpu_name in self.sel_triton_min_L:
-            return self.sel_triton_min_L[gpu_name]
-        return self.sel_triton_min_L["default"]
+    def min_len_for(self, gpu_name: str | None, training: bool = False) -> int | None:
+        """Return the L from which Triton is worth running on this GPU, None for never. training: with a gradient."""
+        known = gpu_name is not None and gpu_name in self.sel_triton_min_L
+        entry = self.sel_triton_min_L[gpu_name if known else "default"]  # type: ignore[index]
+        if isinstance(entry, Mapping):
+            return entry[REGIMES[training]]
+        return None if training else entry
+
+
+def with_inference(entry: MinLen, min_len: int | None) -> MinLen:
+    """Return an entry of sel_triton_min_L with another length for calls without a gradient."""
+    return {**entry, "inference": min_len} if isinstance(entry, Mapping) else min_len
 
 
 def config_to_write() -> Path:
@@ -203,15 +213,23 @@ def _check_switch_or_auto(where: str, value: object) -> UseTriton:
     return bool(value)
 
 
-def _check_min_len_map(where: str, value: object) -> dict[str, int | None]:
-    if not isinstance(value, Mapping):
-        return {"default": _check_min_len(where, value)}
-    entries: dict[str, int | None] = {"default": DEFAULT_MIN_LEN}
-    for gpu_name, min_len in value.items():
+def _check_min_len_map(where: str, value: object) -> dict[str, MinLen]:
+    if not isinstance(value, Mapping) or set(value) & set(REGIMES):
+        return {"default": _check_regimes(where, value)}
+    entries: dict[str, MinLen] = {"default": DEFAULT_MIN_LEN}
+    for gpu_name, entry in value.items():
         if not isinstance(gpu_name, str) or not gpu_name:
             raise _malformed(where, gpu_name, "a GPU name or default as the key")
-        entries[gpu_name] = _check_min_len(f"{where}[{gpu_name!r}]", min_len)
+        entries[gpu_name] = _check_regimes(f"{where}[{gpu_name!r}]", entry)
     return entries
+
+
+def _check_regimes(where: str, value: object) -> MinLen:
+    if not isinstance(value, Mapping):
+        return _check_min_len(where, value)
+    if set(value) != set(REGIMES):
+        raise _malformed(where, value, "the keys inference and training")
+    return {regime: _check_min_len(f"{where}.{regime}", value[regime]) for regime in REGIMES}
 
 
 def _check_min_len(where: str, value: object) -> int | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import arguments, modes, parts, reference, routing, spans
+from . import arguments, modes, parts, reference, routing, spans, training
 from .config import SelConfig, config_for_call, get_config
 from .errors import KernelFailed, UnsupportedError
 from .routing import Route
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # Triton is imported by the first call that asks for the kern
 # Calls that were checked and routed to Triton, each with the toggles that held. A plan serves K and V of many lengths;
 # the few others of a call serve those where another kernel or launch is due.
 _plans: dict[tuple, tuple[SelConfig, list[Plan]]] = {}
-_failures: dict[tuple, str] = {}  # device, dtype and widths whose kernel failed, and why: "auto" leaves them alone
 
 
 def run(
@@ -109,11 +109,14 @@ def run_anew(
     chosen = route(q, k, v, ranges, backend, config, max_len).backend
     if chosen == "triton":
         try:
+            if modes.needs_derivative(q, k, v):
+                out, lse = training.attention(q, k, v, ranges, scale, min_len, max_len, backend)
+                return (out, lse) if return_lse else out
             return _run_triton(q, k, v, ranges, scale, config, min_len, max_len, return_lse, key)
         except KernelFailed as error:
             if backend != "auto":
                 raise
-            _failures[_kind(q, v)] = str(error)
+            training.failures[training.kind(q, v)] = str(error)
             chosen = routing.fallback(config)
             warnings.warn(f"nsa_sel: {chosen} runs in place of Triton: {error}", RuntimeWarning, stacklevel=3)
     if chosen == "packed_sdpa" and (min_len is None or max_len is None):
@@ -140,13 +143,13 @@ def _run_triton(
 ) -> Any:
     """Plan the call, run it, and keep the plan where a key is given."""
     from .kernel.kv import MAX_KEPT, remember
-    from .kernel.launch import Plan
     from .kernel.launch_config import MAX_SPANS
+    from .kernel.shared_launch import plan_for
 
     if ranges.shape[3] > MAX_SPANS:
         out, lse = parts.run_in_parts(q, k, v, ranges, scale, max_len)
         return (out, lse) if return_lse else out
-    plan = Plan(q, k, v, ranges, scale, min_len, max_len)
+    plan = plan_for(q, k, v, ranges, scale, min_len, max_len)
     result = _with_lse(plan, q, k, v, ranges) if return_lse else plan.run(q, k, v, ranges)
     if key is not None:
         known = _plans.get(key)
@@ -194,10 +197,6 @@ def _run_sdpa(
             raise torch.cuda.OutOfMemoryError(f"{_packing_size(q, k, v, ranges, max_len)}. {error}") from error
 
 
-def _kind(q: Tensor, v: Tensor) -> tuple:
-    return q.device, q.dtype, q.shape[3:], v.shape[3]
-
-
 def _packing_size(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, max_len: int | None) -> str:
     N = q.shape[0] * q.shape[1] * q.shape[2]
     L = reference.length_bounds(ranges, k.shape[2])[1] if max_len is None else max_len
@@ -212,11 +211,14 @@ def route(
     """Say which backend runs a checked call, and why."""
     on_gpu = q.device.type == "cuda"
     needs_grad = modes.needs_derivative(q, k, v)
+    transformed = modes.transformed() or modes.tracing()
     unsupported = None
     if backend == "triton" or (backend == "auto" and on_gpu):
         unsupported = _unsupported(q, k, v, ranges)
-    if backend == "auto" and on_gpu and not needs_grad:  # sizes that a tracer gives have no hash
-        unsupported = unsupported or _failures.get(_kind(q, v))
+    if needs_grad and not transformed and unsupported is None and backend in ("auto", "triton"):
+        unsupported = _unsupported_backward(q, v) if backend == "triton" or on_gpu else None
+    if backend == "auto" and on_gpu:
+        unsupported = unsupported or training.failures.get(training.kind(q, v))
     return routing.decide(
         backend,
         config=config,
@@ -224,7 +226,48 @@ def route(
         max_len=(lambda: reference.length_bounds(ranges, k.shape[2])[1]) if max_len is None else max_len,
         needs_grad=needs_grad,
         unsupported=unsupported,
+        transformed=transformed,
     )
+
+
+def training_min_len(device_type: str, index: int | None) -> int | None:
+    """Return the L from which "auto" trains with the kernel on a device, None for never: a constant of a trace."""
+    if device_type != "cuda":
+        return None
+    config, name = get_config(), torch.cuda.get_device_name(index)
+    longest = {"max_len": 2**31, "needs_grad": True, "unsupported": None}
+    found = routing.decide("auto", config=config, gpu_name=name, **longest)  # type: ignore[arg-type]
+    return config.min_len_for(name, training=True) if found.backend == "triton" else None
+
+
+# What torch.compiler.assume_constant_result sets; that imports Triton, whose interpreter must be chosen before.
+training_min_len._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _unsupported_backward(q: Tensor, v: Tensor) -> str | None:
+    from .kernel import backward_launch
+
+    return backward_launch.unsupported_backward(q, v)
+
+
+def with_sharing(
+    chosen: Route,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Tensor,
+    backend: str,
+    min_len: int | None,
+    max_len: int | None,
+) -> Route:
+    """Say also whether queries of a checked and routed call may share tiles."""
+    if chosen.backend != "triton":
+        return chosen
+    from .kernel.shared_launch import eligible
+
+    if backend == "auto" and max_len is None and q.numel():  # as the call itself then does
+        min_len, max_len = reference.length_bounds(ranges, k.shape[2])
+    return replace(chosen, shares=eligible(q, k, v, ranges, None, min_len, max_len) is not None)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:

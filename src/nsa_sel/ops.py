@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, dispatch, modes, reference, sharded
+from . import arguments, dispatch, modes, reference, sharded, training
 from .errors import UnsupportedError
 
 SCHEMA = (
@@ -70,7 +70,7 @@ def dispatched(
 ) -> Any:
     """Run one call of `api.selection_attention` so that subclasses, modes, transforms and tracers see it.
 
-    They see the custom op, or, where a derivative is needed, the PyTorch operations of an SDPA form.
+    They see a custom op, or, where a derivative is needed that the kernel does not give, an SDPA form's operations.
 
     Raises: TypeError for a tensor subclass that has no rule for the operation; ValueError for a config argument.
     """
@@ -110,7 +110,7 @@ def _seen(
     validate: bool | None,
     return_lse: bool,
 ) -> Any:
-    """Run the custom op, or, where a derivative is needed, an SDPA form."""
+    """Run the custom op, or, where a derivative is needed, what `dispatch` chooses."""
     if modes.needs_derivative(q, k, v):
         return dispatch.run_anew(q, k, v, ranges, numbers, backend, config, validate, return_lse)
     _refuse(config)
@@ -140,9 +140,9 @@ def traced(
     validate: bool | None,
     return_lse: bool,
 ) -> Any:
-    """Trace one call of `api.selection_attention`: the custom op, or the reference itself where a gradient is needed.
+    """Trace one call of `api.selection_attention`: a custom op, or the reference itself where its gradient is needed.
 
-    Raises: ValueError for a config argument; UnsupportedError for backend="triton" with a gradient.
+    Raises: ValueError for a config argument.
     """
     _refuse(config)
     scale, min_len, max_len = arguments.numbers(scale, min_len, max_len)
@@ -153,14 +153,27 @@ def traced(
 
         return sharded.run_on_shards(call, q, k, v, ranges)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if backend == "triton":
-            raise UnsupportedError("backend: value is 'triton', which cannot run this call: gradients needed")
+        if backend == "triton" or (backend == "auto" and _auto_trains(q, k, v, max_len)):
+            out, lse = training.attention(q, k, v, ranges, scale, min_len, max_len, backend)
+            return (out, lse) if return_lse else out
         if backend == "masked_sdpa":
             return reference.masked_sdpa(q, k, v, ranges, scale=scale, return_lse=return_lse)
         lengths = {"min_len": min_len, "max_len": max_len}
         return reference.packed_sdpa(q, k, v, ranges, scale=scale, **lengths, return_lse=return_lse)
     out, lse = _selection_attention(q, k, v, ranges, scale, backend, min_len, max_len, validate, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _auto_trains(q: Tensor, k: Tensor, v: Tensor, max_len: int | None) -> bool:
+    """Tell whether "auto" takes the kernel for a traced call that needs a gradient: as in eager code, given max_len."""
+    from .kernel import launch
+
+    threshold = dispatch.training_min_len(q.device.type, q.device.index)
+    if threshold is None or max_len is None or max_len < threshold:
+        return False
+    if q.dtype == torch.float32 and q.shape[3] > 32:  # may need too much shared memory, which a trace does not ask
+        return False
+    return launch.unsupported_sizes(q, k, v) is None
 
 
 @torch.library.custom_op(f"{__package__}::record", mutates_args=(), schema="(Tensor q) -> ()")

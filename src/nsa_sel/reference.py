@@ -203,7 +203,8 @@ def _cudnn_is_wrong(q: Tensor, k: Tensor, v: Tensor) -> bool:
     From torch 2.11 on its kernel is SDPA's first choice on Hopper.
     """
     half_on_gpu = q.device.type == "cuda" and q.element_size() == 2
-    return CUDNN_MAY_BE_FIRST and half_on_gpu and modes.needs_derivative(q, k, v)
+    allowed = torch.compiler.is_compiling() or torch.backends.cuda.cudnn_sdp_enabled()  # a caller may have chosen
+    return allowed and CUDNN_MAY_BE_FIRST and half_on_gpu and modes.needs_derivative(q, k, v)
 
 
 def _lse(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:

@@ -16,10 +16,14 @@ BACKENDS = ("auto", "triton", "packed_sdpa", "masked_sdpa")
 
 @dataclass(frozen=True)
 class Route:
-    """Name the backend that runs a call, and the reason in one sentence."""
+    """Name the backend that runs a call, and the reason in one sentence.
+
+    shares: neighbouring queries may share tiles of K and V; which of them do is decided on the GPU, by their ranges.
+    """
 
     backend: str
     reason: str
+    shares: bool = False
 
 
 def decide(
@@ -30,6 +34,7 @@ def decide(
     max_len: int | Callable[[], int],
     needs_grad: bool,
     unsupported: str | None,
+    transformed: bool = False,
 ) -> Route:
     """Choose the backend of one call.
 
@@ -37,6 +42,7 @@ def decide(
     max_len: the longest row's L in tokens, or a function that finds it, called only if the length decides.
     needs_grad: whether the result must be differentiable.
     unsupported: why the Triton kernel cannot run these tensors; None if it can.
+    transformed: whether derivatives are those of torch.func, of forward mode or of a trace, and not the plain backward.
 
     An explicit backend never falls back. `"auto"` never picks Triton without a GPU: its interpreter is for tests.
 
@@ -45,7 +51,7 @@ def decide(
     if backend not in BACKENDS:
         raise ValueError(f"backend: value is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
-        obstacle = _kill_switch(config) or _no_gradient(needs_grad) or unsupported
+        obstacle = _kill_switch(config) or _no_rule(needs_grad and transformed) or unsupported
         if obstacle:
             raise UnsupportedError(f"backend: value is 'triton', which cannot run this call: {obstacle}")
         return _ASKED[backend]
@@ -55,17 +61,20 @@ def decide(
         return Route("packed_sdpa", _kill_switch(config) or "")
 
     instead = fallback(config)
-    obstacle = _switched_off(config) or _no_gradient(needs_grad) or _no_device(gpu_name) or unsupported
-    obstacle = obstacle or _not_measured(config, gpu_name)
+    obstacle = _switched_off(config) or _no_rule(needs_grad and transformed) or _no_device(gpu_name)
+    obstacle = obstacle or unsupported or _not_measured(config, gpu_name)
     if obstacle:
         return Route(instead, obstacle)
-    threshold = config.min_len_for(gpu_name)
+    threshold = config.min_len_for(gpu_name, training=needs_grad)
+    if threshold is None and needs_grad:
+        return Route(instead, f"gradients needed, and sel_triton_min_L has no training length for {gpu_name}")
     if threshold is None:
         return Route(instead, f"sel_triton_min_L is null (never) for {gpu_name}")
     length = max_len() if callable(max_len) else max_len
+    regime = " for training" if needs_grad else ""
     if length < threshold:
-        return Route(instead, f"L={length} is below sel_triton_min_L={threshold}")
-    return Route("triton", f"L={length} is at least sel_triton_min_L={threshold}")
+        return Route(instead, f"L={length} is below sel_triton_min_L={threshold}{regime}")
+    return Route("triton", f"L={length} is at least sel_triton_min_L={threshold}{regime}")
 
 
 def fallback(config: SelConfig) -> str:
@@ -88,8 +97,10 @@ def _switched_off(config: SelConfig) -> str | None:
     return None
 
 
-def _no_gradient(needs_grad: bool) -> str | None:
-    return "gradients needed, and the Triton kernel has no backward pass" if needs_grad else None
+def _no_rule(needed: bool) -> str | None:
+    if needed:
+        return "gradients needed under torch.func, in forward mode or in a trace, and the Triton kernel has none there"
+    return None
 
 
 def _no_device(gpu_name: str | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, each_differentiable, hinted_or_not, inputs
+from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, hinted_or_not, inputs
 
 from nsa_sel import reference
 
@@ -42,7 +42,7 @@ def test_the_reference_forms_keep_the_rule_when_called_themselves(form):
     assert_right(out, *inputs())
 
 
-@each_differentiable
+@each_backend
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 def test_gradients_stay_fp32(backend, compiled):
     def gradients(autocast: bool):

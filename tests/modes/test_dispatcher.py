@@ -27,11 +27,12 @@ from mode_case import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa_sel
-from nsa_sel import UnsupportedError, dispatch
+from nsa_sel import UnsupportedError, dispatch, training
 
 NAMES = ("q", "k", "v", "ranges")
 
@@ -131,7 +132,7 @@ def test_a_parameter_is_a_tensor(backend):
     assert_right(out, q, k, v, ranges)
 
 
-@each_differentiable
+@each_backend
 def test_a_subclass_is_differentiated_through_what_it_wraps(backend):
     args = inputs()
     leaves = [x.clone().requires_grad_() for x in args[:3]]
@@ -227,7 +228,7 @@ def test_make_fx_records_one_operation(backend, hints, tracing_mode):
     assert_right(graph(*args), *args)
 
 
-@each_differentiable
+@each_backend
 @hinted_or_not
 @pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
 def test_make_fx_records_gradients(backend, hints, tracing_mode):
@@ -246,15 +247,25 @@ def test_make_fx_records_gradients(backend, hints, tracing_mode):
         torch.testing.assert_close(got, exact, atol=1e-5, rtol=0)
 
 
-def test_where_a_gradient_is_needed_no_earlier_failure_is_looked_up(monkeypatch):
-    """On a GPU, too: symbolic sizes, by which it would be, have no hash."""
+def symbolic(x):
+    return StatelessSymbolicContext([DimDynamic.DYNAMIC] * x.dim())
+
+
+def test_an_earlier_failure_is_looked_up_by_sizes_that_a_tracer_gives(monkeypatch):
     monkeypatch.setattr(dispatch, "_unsupported", lambda *tensors: None)
-    monkeypatch.setattr(dispatch, "_kind", lambda q, v: {}[q])
+    monkeypatch.setattr(training, "failures", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    with FakeTensorMode():
-        q, k, v, ranges = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs())
+    args = inputs()
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        q, k, v, ranges = (
+            torch.empty(mode.from_tensor(x, symbolic_context=symbolic(x)).shape, dtype=x.dtype, device="cuda")
+            for x in args
+        )
+        assert isinstance(q.shape[3], torch.SymInt)
         config = nsa_sel.SelConfig.load(env={})
-        assert dispatch.route(q.requires_grad_(), k, v, ranges, "auto", config, L).backend == "packed_sdpa"
+        assert dispatch.route(q, k, v, ranges, "auto", config, L).backend == "triton"
+        training.failures[training.kind(q, v)] = "it failed before"
+        assert dispatch.route(q, k, v, ranges, "auto", config, L).reason == "it failed before"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

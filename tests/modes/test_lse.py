@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mode_case import DEVICE, ON_GPU, B, D, G, H, S, call, each_backend, each_differentiable, hinted_or_not, inputs
+from mode_case import DEVICE, ON_GPU, B, D, G, H, S, call, each_backend, hinted_or_not, inputs
 
 import nsa_sel
 from nsa_sel import reference, selection_attention, spans
@@ -46,7 +46,7 @@ def test_the_lse_under_torch_compile(backend, hints):
         torch.testing.assert_close(got, want)
 
 
-@each_differentiable
+@each_backend
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 def test_the_lse_is_differentiable(backend, compiled):
     q, k, v, ranges = inputs()
@@ -97,7 +97,8 @@ def test_an_empty_part_is_not_looked_at():
         assert torch.equal(got_lse, lse)
 
 
-def test_merge_is_differentiable_also_where_a_part_is_empty():
+@pytest.mark.parametrize("backend", ("triton", "packed_sdpa"))
+def test_merge_is_differentiable_also_where_a_part_is_empty(backend):
     leaves = [x.requires_grad_() for x in inputs()[:3]]
     ranges = inputs()[3]
     ranges[0, 0, :, 0] = 0
@@ -111,7 +112,7 @@ def test_merge_is_differentiable_also_where_a_part_is_empty():
         return nsa_sel.merge(*parts[0], *parts[1])
 
     def whole_of(part):
-        return selection_attention(*leaves, part, backend="packed_sdpa", return_lse=True)
+        return selection_attention(*leaves, part, backend=backend, return_lse=True)
 
     def gradients(run):
         out, lse = run()

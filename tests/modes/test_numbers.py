@@ -10,7 +10,7 @@ import pytest
 import torch
 from mode_case import DEVICE, L, assert_right, call, each_backend, inputs, needs_gpu
 
-from nsa_sel import choose_route, dispatch, reference
+from nsa_sel import choose_route, reference, training
 
 SCALES = [
     np.float32(0.5),
@@ -58,8 +58,8 @@ BAD_LENGTHS = [
 @pytest.fixture
 def failures(monkeypatch) -> dict:
     """Return where kernels that fail are kept, empty whatever earlier tests of this process have left there."""
-    monkeypatch.setattr(dispatch, "_failures", {})
-    return dispatch._failures
+    monkeypatch.setattr(training, "failures", {})
+    return training.failures
 
 
 def named(value) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, each_differentiable, environment, hinted_or_not
+from mode_case import DEVICE, ON_GPU, assert_right, call, each_backend, environment, hinted_or_not
 from mode_case import inputs as make_inputs
 
 from nsa_sel import spans
@@ -92,16 +92,16 @@ def test_another_default_device_is_not_that_of_a_workspace():
 
 
 def test_a_default_device_costs_no_call_its_plan(monkeypatch):
-    from nsa_sel.kernel import launch
+    from nsa_sel.kernel import shared_launch
 
     args = make_inputs()
     call("triton")(*args)
-    monkeypatch.setattr(launch, "Plan", None)  # making another would fail
+    monkeypatch.setattr(shared_launch, "plan_for", None)  # making another would fail
     with torch.device(DEVICE):
         assert_right(call("triton")(*args), *args)
 
 
-@each_differentiable
+@each_backend
 @pytest.mark.parametrize("backend_grad", (True, False), ids=("gradients", "no_gradients"))
 def test_deterministic_mode(backend, backend_grad):
     def run():

@@ -189,8 +189,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("")
     for line in screen.screen(results):
         terminalreporter.write_line(line)
-    for line in ["", *paged] if (paged := screen.paged_screen(results)) else ():
-        terminalreporter.write_line(line)
+    for more in (screen.paged_screen(results), screen.training_screen(results)):
+        for line in ["", *more] if more else ():
+            terminalreporter.write_line(line)
     beside = screen.peers_screen(results, _not_timed(config))
     for line in ["", *beside] if beside else (f"{count} {reason}" for reason, count in skipped.most_common(5)):
         terminalreporter.write_line(line)

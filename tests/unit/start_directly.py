@@ -18,16 +18,26 @@ import triton.backends.nvidia.driver as nvidia
 from start_kernel import AbsentGpu
 from triton.runtime import driver
 
-from nsa_sel.kernel import device, direct, launch
+from nsa_sel.kernel import device, direct, launch, start
 from nsa_sel.kernel.call import Gpu
 from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.shared_config import SharedLaunch
+from nsa_sel.kernel.shared_launch import SharedPlan
 
 LAUNCHES = [  # and whether with an LSE
     (LaunchConfig("gather", 16, 64, 64, 1, 1), False),
     (LaunchConfig("gather", 16, 64, 64, 1, 1, splits=4), True),
     (LaunchConfig("tma", 16, 32, 64, 1, 1), False),
     (LaunchConfig("tma", 16, 64, 64, 1, 1, splits=4, cluster=2), True),
+    (LaunchConfig("tma", 16, 64, 32, 1, 1, narrow=True), False),  # descriptors of the last chunks besides
+    (LaunchConfig("tma", 16, 128, 64, 1, 1, narrow=True), False),  # of V's alone
 ]
+SHARED_LAUNCHES = [  # and the rows' launch, and whether with an LSE
+    (SharedLaunch(16, 16, 64, 64, 1, 1), LaunchConfig("gather", 16, 64, 64, 1, 1), True),
+    (SharedLaunch(64, 64, 32, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 64, 1, 1), False),
+    (SharedLaunch(64, 64, 64, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 32, 1, 1, narrow=True), False),
+]
+WIDTH = 80  # that no chunk divides
 calls: list[tuple] = []
 
 
@@ -63,23 +73,51 @@ def plain(x: Any) -> Any:
     return tuple(map(plain, x)) if isinstance(x, list | tuple) else x
 
 
+def drawn(with_lse: bool) -> tuple[Any, ...]:
+    """Return q, K and V of a short and of a longer context, ranges, and tensors to write into."""
+    calls.clear()
+    q, cache = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 3, 300, WIDTH).bfloat16()
+    values, ranges = cache.clone(), torch.zeros(2, 2, 3, 5, 2, dtype=torch.int32)
+    out, lse = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
+    short, longer = ((cache[:, :, :t], values[:, :, :t]) for t in (256, 270))
+    return q, short, longer, ranges, out, lse
+
+
+def difference(pairs: list[tuple[tuple, tuple]]) -> str | None:
+    """Return the first two arguments that two launches were handed differently; None if there are none."""
+    for one, other in pairs:
+        if one != other:
+            return next(f"{a} and {b}" for a, b in zip(one, other, strict=True) if a != b)
+    return None
+
+
 def compare(config: LaunchConfig, with_lse: bool) -> str:
     """Launch twice, and once with a longer context; clusters, which the public launch does not have, directly alone."""
-    calls.clear()
-    q, cache = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 3, 300, 64).bfloat16()
-    values, ranges = cache.clone(), torch.zeros(2, 2, 3, 5, 2, dtype=torch.int32)
-    out, lse = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
-    short, longer = ((cache[:, :, :t], values[:, :, :t]) for t in (256, 270))
+    q, short, longer, ranges, out, lse = drawn(with_lse)
     plan, fresh = (launch.Plan(q, *kv, ranges, None, None, None, config) for kv in (short, longer))
     for kv in (short, short, longer):
         plan.run(q, *kv, ranges, out, lse)
     fresh.run(q, *longer, ranges, out, lse)
     first, second, third, fourth = (plain(call) for call in calls)
-    for one, other in ((first, second), (third, fourth)):
-        if one != other:
-            return next(f"{a} and {b}" for a, b in zip(one, other, strict=True) if a != b)
+    if found := difference([(first, second), (third, fourth)]):
+        return found
     clustered = [x[1] for x in first if isinstance(x, tuple) and len(x) == 3]
     return "same" if clustered == [config.cluster] else f"in clusters of {clustered}"
+
+
+def compare_shared(shared: SharedLaunch, row: LaunchConfig, with_lse: bool) -> str:
+    """Launch the three kernels of a call with shared tiles twice, and with a longer context once more and anew."""
+    q, short, longer, ranges, out, lse = drawn(with_lse)
+    plan, fresh = (SharedPlan(q, *kv, ranges, None, None, 640, shared, row) for kv in (short, longer))
+    index = plan.index(plan.passed(plan.places.last))
+    for each, (k, v) in ((plan, short), (plan, short), (plan, longer), (fresh, longer)):
+        passed = each.passed(each.places.find(launch.lie_of(k, v)))
+        each.cover(ranges, passed, index)
+        each.attend((q, k, v, ranges, out, lse), passed, index)
+        each.attend_rest((q, k, v, ranges, out, lse), passed, index)
+    handed = [plain(call) for call in calls]
+    same = [*zip(handed[:3], handed[3:6], strict=True), *zip(handed[6:9], handed[9:], strict=True)]
+    return difference(same) or "same"
 
 
 def probe(clusters: bool) -> Any:
@@ -107,12 +145,14 @@ nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = 0, 1, 2
 nvidia.compile_module_from_src = lambda **source: SimpleNamespace(launch=lambda *given: gpu.utils.launch(*given))
 nvidia.library_dirs = lambda: []
 works, direct.works = direct.works, lambda device: True
-launch.INTERPRETED = device.INTERPRETED = True  # tensors of the CPU
+launch.INTERPRETED = device.INTERPRETED = start.INTERPRETED = True  # tensors of the CPU
 workspace = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
 device.workspace = lambda *what: workspace
 device._gpus[torch.device("cpu")] = Gpu("sm_90", 132, 232448, has_tma=True, has_clusters=True)
 for config, with_lse in LAUNCHES:
     print(f"{config}: {compare(config, with_lse)}")
+for shared, config, with_lse in SHARED_LAUNCHES:
+    print(f"{shared}: {compare_shared(shared, config, with_lse)}")
 torch.cuda.get_device_capability = lambda device: (9, 0)
 torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)
 for clusters in (True, False):

@@ -33,7 +33,9 @@ def test_sample_compiles_for_every_architecture():
     assert done.returncode == 0 and not failed, "\n".join([*failed, done.stderr])
     assert len(builds) == len(aot_variants.sample()) <= 150
     # With a kernel out of a cache ptxas does not run and tells no registers.
-    assert all(build["registers"] > 0 and build["shared_bytes"] > 0 for build in builds)
+    assert all(build["registers"] > 0 for build in builds)
+    # One warp makes an index without any.
+    assert all(build["shared_bytes"] > 0 for build in builds if build["variant"]["kernel"] != "_cover")
     variants = [build["variant"] for build in builds]
     assert {(v["arch"], v["dtype"]) for v in variants} == set(
         itertools.product((80, 86, 89, 90, 100, 120), ("bf16", "fp16", "fp32"))

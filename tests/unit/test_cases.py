@@ -98,6 +98,23 @@ def test_cases_of_servers_are_there_only_when_asked_for_and_each_has_a_twin_with
     assert all(memory_estimate(case) < 30e9 for case in PAGED)
 
 
+def test_cases_of_shared_tiles_are_there_only_when_asked_for_and_always_beside_dense_attention():
+    assert not any(case.family == "shared" for case in FULL)
+    chosen = cases.matrix("full", family="shared")
+    assert len({case.id for case in chosen}) == len(chosen) == len(set(values(chosen, "seed")[0]))
+    assert all(case.methods == ("triton", "dense") for case in chosen)
+    sizes = [case for case in chosen if case.layout in ("local", "random")]
+    each = values(sizes, "H", "S", "block", "layout")
+    assert each[:3] == [{1, 4, 8, 16}, {1024, 4096, 16_384, 32_768}, {64, 128}]
+    assert len(sizes) == math.prod(map(len, each))
+    assert all(
+        min(16 * case.block, case.S) == case.L and {16: 4, 8: 4, 4: 8, 1: 8}[case.H] == case.G for case in chosen
+    )
+    assert len([case for case in chosen if case.layout.startswith("kept") and case.H == 16]) >= 8
+    assert all(memory_estimate(case, packed=False) < 4e9 for case in chosen)
+    assert all(case.S <= 256 for case in cases.matrix("smoke", family="shared"))
+
+
 @pytest.mark.parametrize("case", [case for case in cases.matrix("smoke", family="paged") if case.pages], ids=str)
 def test_a_case_with_pages_reads_as_many_bytes_and_tokens_as_its_twin(case):
     x, twin = make_inputs(case, "cpu"), make_inputs(replace(case, pages=""), "cpu")

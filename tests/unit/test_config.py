@@ -126,6 +126,15 @@ def test_a_malformed_value_that_a_higher_layer_hides_is_still_an_error(yaml_file
         ("runtime: {sel_triton_min_L: 0}", r"runtime.sel_triton_min_L: value is 0, expected a positive integer"),
         ("runtime: {sel_triton_min_L: true}", r"runtime.sel_triton_min_L: value is True, expected a positive integer"),
         ("runtime: {sel_triton_min_L: {X: 6.5}}", r"sel_triton_min_L\['X'\]: value is 6.5, expected a positive"),
+        (
+            "runtime: {sel_triton_min_L: {X: {inference: 16}}}",
+            r"sel_triton_min_L\['X'\]: value is .*, expected the keys inference and training",
+        ),
+        (
+            "runtime: {sel_triton_min_L: {inference: 16, training: 0}}",
+            r"sel_triton_min_L.training: value is 0, expected a positive integer",
+        ),
+        ("runtime: {sel_triton_min_L: {inference: 16, X: 3}}", r"expected the keys inference and training"),
         ("runtime: {sel_triton_min_L: {90: 64}}", r"sel_triton_min_L: value is 90, expected a GPU name or default"),
         ("runtime: {min_L: 64}", r"runtime: key is 'min_L', expected one of use_triton_sel, sel_triton_min_L, use_sel"),
         ("use_sel_pack: true", r"key is 'use_sel_pack', expected one of runtime$"),
@@ -211,6 +220,20 @@ def test_one_number_from_the_environment_holds_for_every_gpu_and_forgets_no_meas
     loaded = SelConfig.load(file, {"NSA_SEL_TRITON_MIN_L": text})
     assert [loaded.min_len_for(name) for name in ("Measured", "Slow", "Other")] == [expected] * 3
     assert loaded.has_entry("Measured") and not loaded.has_entry("Other")
+
+
+def test_an_entry_tells_training_apart(yaml_file):
+    regimes = "{inference: 16, training: 128}"
+    loaded = SelConfig.load(yaml_file(f"runtime: {{sel_triton_min_L: {{Measured: {regimes}, Slow: 32}}}}"), {})
+    assert [loaded.min_len_for(name) for name in ("Measured", "Slow", "Other")] == [16, 32, 64]
+    assert [loaded.min_len_for(name, training=True) for name in ("Measured", "Slow", "Other")] == [128, None, None]
+    everywhere = SelConfig.load(yaml_file(f"runtime: {{sel_triton_min_L: {regimes}}}"), {})
+    assert [everywhere.min_len_for("Any", training) for training in (False, True)] == [16, 128]
+    assert not everywhere.has_entry("inference")
+    changed = SelConfig.load(
+        yaml_file(f"runtime: {{sel_triton_min_L: {{Measured: {regimes}}}}}"), {"NSA_SEL_TRITON_MIN_L": "7"}
+    )
+    assert [changed.min_len_for("Measured", training) for training in (False, True)] == [7, 128]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,18 @@ def test_local_takes_the_fixed_blocks_and_holds_each_other_one_for_24_tokens():
     assert len(+begins) == 13 and max(begins.values()) - min((+begins).values()) <= 1
 
 
+def test_kept_is_local_that_holds_a_block_for_so_many_tokens():
+    def union(layout: str) -> float:
+        chosen = selected_blocks(cases.prefill_case("bf16", layout, 4, 64, 64, 1024, 2048, 1))[1024:]
+        return chosen.view(-1, 4, chosen.shape[-1]).any(1).sum(-1).float().mean().item()
+
+    assert union("kept24") == pytest.approx(union("local"), abs=0.2)
+    unions = [union(f"kept{tokens}") for tokens in (1, 4, 12, 96)]
+    assert unions == sorted(unions, reverse=True) and unions[0] > 23 and unions[-1] < 17
+    with pytest.raises(ValueError, match="layout: value is 'kept24', expected a distribution: few"):
+        case_of(SPANS, "kept24")
+
+
 def test_random_is_what_saved_runs_call_many():
     known = cases.prefill_case("bf16", "many", 4, 64, 64, 512, 1024, 2)
     generator = torch.Generator().manual_seed(known.seed)

@@ -14,7 +14,7 @@ import torch
 from saved_runs import document, entry, save_entries
 
 import nsa_sel
-from nsa_sel import dispatch, reference, routing
+from nsa_sel import dispatch, reference, routing, training
 from nsa_sel.bench.compare import command as compare_command
 from nsa_sel.bench.compare import rule
 from nsa_sel.bench.report import command as report_command
@@ -90,7 +90,7 @@ def broken(monkeypatch):
     monkeypatch.setattr(launch, "_sel_fwd", kernel)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "unsupported_reason", lambda *tensors: None)
-    monkeypatch.setattr(dispatch, "_failures", {})
+    monkeypatch.setattr(training, "failures", {})
     return kernel
 
 
@@ -114,7 +114,7 @@ def test_auto_warns_of_a_broken_compiler_and_runs_its_fallback(broken, monkeypat
     with pytest.warns(RuntimeWarning, match=f"{fallback} runs in place of Triton: .*Failed to find C compiler"):
         out = nsa_sel.selection_attention(**given, config=config, min_len=22, max_len=22)
     assert torch.equal(out, getattr(reference, fallback)(**given))
-    assert list(dispatch._failures) == [dispatch._kind(given["q"], given["v"])]
+    assert list(training.failures) == [training.kind(given["q"], given["v"])]
 
 
 def test_out_of_memory_in_the_kernels_launch_is_no_failure_of_the_kernel(broken, monkeypatch):

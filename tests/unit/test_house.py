@@ -17,7 +17,7 @@ MOST_LINES, MOST_PARAMETERS = 300, 12
 ORDER = """
     errors config arguments modes < spans < routing reference
     errors < kernel < parts
-    routing reference parts < dispatch < ops < api < __init__ < bench < __main__
+    routing reference parts < training < dispatch < ops < api < __init__ < bench < __main__
     sharded < ops
     arguments ops config < recording < __init__
 """

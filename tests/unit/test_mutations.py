@@ -24,6 +24,8 @@ interpreted = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 LAYOUTS = "tests/parity/test_layouts.py::test_triton_sel_parity_"
 ONE_RUN = LAYOUTS + "without_length_hints"
+GRADIENTS = "tests/parity/test_gradients.py::test_triton_sel_parity_of_gradients_"
+SHARED = "tests/parity/test_shared.py::test_triton_sel_parity_of_shared_tiles_"
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,111 @@ FAULTS = [
         "            self.tick()\n        end.event.synchronize()\n        return start",
         "            self.tick()\n        return start",
         "tests/unit/test_mutations.py::test_the_timer_waits_for_its_end_event",
+    ),
+    Fault(
+        "the mask of a partial tile is off by one",
+        "kernel/shared.py",
+        "last = tl.where(left != 0, 0, last)",
+        "last = tl.where(left != 0, 0, last - 1)",
+        SHARED + "in_prefill[local-dtype1]",
+    ),
+    Fault(
+        "the mask of a partial tile in which a query has several spans is off by one",
+        "kernel/shared_tiles.py",
+        "held = bits_between((start - first_token)[:, None],",
+        "held = bits_between((start - first_token + 1)[:, None],",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "a key that is selected twice weighs once",
+        "kernel/shared_tiles.py",
+        "p *= times.to(tl.float32)",
+        "p *= 1.0",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "two queries of a query tile have each other's whole tiles",
+        "kernel/shared.py",
+        "chosen = ((who >> query) & 1) != 0",
+        "chosen = ((who >> (query ^ 1)) & 1) != 0",
+        SHARED + "in_prefill[random-dtype1]",
+    ),
+    Fault(
+        "a tile that one query selects in part counts as whole",
+        "kernel/coverage.py",
+        "partly = touched & (twice | ~covered)",
+        "partly = touched & twice",
+        SHARED + "beside_rows_of_their_own[0.0]",
+    ),
+    Fault(
+        "NaN in V of a key that only some queries select reaches the others",
+        "kernel/shared.py",
+        "spoilt |= has_nan(acc0)",
+        "spoilt |= 0",
+        SHARED + "keeps_apart_what_only_some_queries_select[v-float('nan')]",
+    ),
+    Fault(
+        "the rows of query tiles that do not share are not computed",
+        "kernel/shared.py",
+        "if tl.load(count_ptr + 2 * query_tile) < 0:",
+        "if tl.load(count_ptr + 2 * query_tile) < -1:",
+        SHARED + "beside_rows_of_their_own[1.2]",
+    ),
+    Fault(
+        "the gradients forget delta",
+        "kernel/backward_rows.py",
+        "tl.store(stat_at + 1, -delta,",
+        "tl.store(stat_at + 1, -delta * 0,",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "the gradient of k is scaled twice",
+        "kernel/backward_keys.py",
+        "of_k = of_v * tl.where(is_chunk, 1.0, scale)",
+        "of_k = of_v * scale * tl.where(is_chunk, 1.0, scale)",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "the last row of a chunk of a popular tile is dropped",
+        "kernel/backward_keys.py",
+        "hi = tl.minimum(lo + size, n_all)",
+        "hi = tl.minimum(lo + size, n_all) - is_chunk.to(tl.int32)",
+        GRADIENTS + "where_tiles_are_shared_and_cut[dtype0-False]",
+    ),
+    Fault(
+        "a key that is selected twice has the gradient of one that is selected once",
+        "kernel/backward_products.py",
+        "p *= times",
+        "p *= tl.where(times > 0, 1.0, 0.0)",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "NaN in q of one row reaches keys that it does not select",
+        "kernel/backward_keys.py",
+        "q0, q1, q2, q3 = clear_rows(q0, q1, q2, q3, bad)",
+        "q0 = q0",
+        GRADIENTS + "keeps_apart_a_row_that_is_not_finite[q-nan]",
+    ),
+    Fault(
+        "a row that is not finite is summed as if it were",
+        "kernel/backward_index.py",
+        "other = partly & (twice | odd[:, None])",
+        "other = partly & twice",
+        GRADIENTS + "keeps_apart_a_row_that_is_not_finite[dout-inf]",
+    ),
+    Fault(
+        "a query gives to the key behind its span",
+        "kernel/backward_keys.py",
+        "& (here[:, None] < until[None, :])",
+        "& (here[:, None] <= until[None, :])",
+        GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "the gradient of the LSE is left out",
+        "kernel/backward_rows.py",
+        "delta -= tl.load(dlse_ptr",
+        "delta -= 0 * tl.load(dlse_ptr",
+        GRADIENTS + "where_tiles_are_shared_and_cut[dtype1-True]",
     ),
 ]
 if importlib.util.find_spec("triton.tools.tensor_descriptor"):  # Triton 3.4

@@ -135,6 +135,28 @@ def test_every_picture_is_drawn_and_the_page_is_as_wide_as_the_window(page, tmp_
         assert images == 0 and title != "ran"
 
 
+def test_the_picture_of_shared_tiles_has_both_kernels_and_the_choice(tmp_path):
+    sweep = [case for case in cases.matrix("full", family="shared") if case.layout.startswith("kept") and case.H == 16]
+    data = saved_runs.run([case for case in cases.matrix("full") if case.family == "prefill"])
+    for union, case in enumerate(sweep, 16):
+        made = saved_runs.entry_of(case, "triton", {"device": 10.0 * union}, 0.01, saved_runs.IDENTITY)
+        made["extra_info"] |= {"shared": 0.5, "union": union, "rows_us": 500.0, "tiles_us": 11.0 * union}
+        data["benchmarks"].append(made)
+    storage = tmp_path / "storage/machine-NVIDIA-Synthetic/0001_run.json"
+    report_command.write(saved_runs.save(data, storage), None, tmp_path / "out", SelConfig())
+    steps = """return pictures("sharing").map(panel => chartOf(panel).getOption().series.map(one =>
+      [one.name, one.data.map(found => found.value)]))"""
+    (panel,) = do(tmp_path / "out/report.html", tmp_path, steps)
+    assert dict(panel) == {
+        name: [[union, us(union)] for union in range(16, 16 + len(sweep))]
+        for name, us in (
+            ("row kernel", lambda union: 500),
+            ("shared", lambda union: 11 * union),
+            ("Triton", lambda union: 10 * union),
+        )
+    }
+
+
 def test_the_colours_follow_the_readers_choice(page, tmp_path):
     steps = """return [getComputedStyle(document.body).backgroundColor,
       chartOf(pictures("bytes")[0]).getOption().title[0].textStyle.color]"""

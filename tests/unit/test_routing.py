@@ -2,18 +2,21 @@
 
 import pytest
 
-from nsa_sel.config import SelConfig
+from nsa_sel.config import PACKAGED_FILE, SelConfig
 from nsa_sel.errors import UnsupportedError
 from nsa_sel.routing import Route, decide
 
 MEASURED = {"default": 64, "Measured": 32, "Slow": None}
 
 
-def route(backend="auto", *, gpu_name="Measured", max_len=512, needs_grad=False, unsupported=None, **toggles):
-    config = SelConfig(**{"sel_triton_min_L": MEASURED, **toggles})
-    return decide(
-        backend, config=config, gpu_name=gpu_name, max_len=max_len, needs_grad=needs_grad, unsupported=unsupported
-    )
+TRAINS = {"sel_triton_min_L": {"Measured": {"inference": 32, "training": 128}}}
+TRANSFORMED = {"needs_grad": True, "transformed": True}
+OF_CALL = {"gpu_name": "Measured", "max_len": 512, "needs_grad": False, "unsupported": None, "transformed": False}
+
+
+def route(backend="auto", **given):
+    of_call = {name: given.pop(name, default) for name, default in OF_CALL.items()}
+    return decide(backend, config=SelConfig(**{"sel_triton_min_L": MEASURED, **given}), **of_call)
 
 
 def never_called():
@@ -72,16 +75,32 @@ def test_obstacles_stop_auto_before_the_length_is_asked_for(toggle):
         "packed_sdpa", "q: H is 65, expected at most 64"
     )
     assert route(needs_grad=True, **stopped) == Route(
-        "packed_sdpa", "gradients needed, and the Triton kernel has no backward pass"
+        "packed_sdpa", "gradients needed, and sel_triton_min_L has no training length for Measured"
     )
+    assert route(**TRANSFORMED, **TRAINS, **stopped).reason.startswith("gradients needed under torch.func")
 
 
-def test_a_call_without_a_gpu_that_needs_gradients_says_so():
-    assert route(gpu_name=None, needs_grad=True).reason.startswith("gradients needed")
+def test_calls_that_need_a_gradient_have_a_threshold_of_their_own():
+    assert route(needs_grad=True, max_len=128, **TRAINS) == Route(
+        "triton", "L=128 is at least sel_triton_min_L=128 for training"
+    )
+    assert route(needs_grad=True, max_len=127, **TRAINS) == Route(
+        "packed_sdpa", "L=127 is below sel_triton_min_L=128 for training"
+    )
+    assert route(max_len=32, **TRAINS).reason == "L=32 is at least sel_triton_min_L=32"
+
+
+def test_no_gpu_of_the_shipped_configuration_trains_with_the_kernel():
+    shipped = SelConfig.load(PACKAGED_FILE, env={})
+    assert all(shipped.min_len_for(name, training=True) is None for name in shipped.sel_triton_min_L)
+
+
+def test_a_call_without_a_gpu_that_needs_gradients_under_a_transform_says_so():
+    assert route(gpu_name=None, **TRANSFORMED).reason.startswith("gradients needed under torch.func")
 
 
 @pytest.mark.parametrize(
-    "obstacle", [{"needs_grad": True}, {"gpu_name": None}, {"max_len": 1}, {"use_triton_sel": False}]
+    "obstacle", [{"needs_grad": True}, TRANSFORMED, {"gpu_name": None}, {"max_len": 1}, {"use_triton_sel": False}]
 )
 def test_every_fallback_is_masked_sdpa_without_packing(obstacle):
     assert route(use_sel_pack=False, **obstacle).backend == "masked_sdpa"
@@ -111,7 +130,9 @@ def test_a_reason_names_the_layer_that_set_the_toggle():
 
 
 @pytest.mark.parametrize("backend", ["triton", "packed_sdpa", "masked_sdpa"])
-@pytest.mark.parametrize("against", [{}, {"use_triton_sel": False}, {"gpu_name": None}, {"gpu_name": "Slow"}])
+@pytest.mark.parametrize(
+    "against", [{}, {"use_triton_sel": False}, {"gpu_name": None}, {"gpu_name": "Slow"}, {"needs_grad": True}]
+)
 def test_a_backend_asked_for_by_name_runs_whatever_auto_would_do(backend, against):
     assert route(backend, max_len=never_called, use_sel_pack=False, **against) == Route(
         backend, f"backend='{backend}' was asked for"
@@ -121,7 +142,7 @@ def test_a_backend_asked_for_by_name_runs_whatever_auto_would_do(backend, agains
 @pytest.mark.parametrize(
     ("obstacle", "reason"),
     [
-        ({"needs_grad": True}, "gradients needed"),
+        (TRANSFORMED, "gradients needed under torch.func"),
         ({"unsupported": "no GPU and no interpreter"}, "no GPU and no interp"),
     ],
 )
@@ -131,7 +152,7 @@ def test_triton_asked_for_by_name_never_falls_back(obstacle, reason):
 
 
 @pytest.mark.parametrize("backend", ["packed_sdpa", "masked_sdpa"])
-@pytest.mark.parametrize("obstacle", [{"needs_grad": True}, {"unsupported": "anything"}, {"force_parity": True}])
+@pytest.mark.parametrize("obstacle", [TRANSFORMED, {"unsupported": "anything"}, {"force_parity": True}])
 def test_the_references_run_where_the_kernel_cannot(backend, obstacle):
     assert route(backend, **obstacle).backend == backend
 

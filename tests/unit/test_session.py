@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import nsa_sel
+from nsa_sel.bench import session
 from nsa_sel.bench.methods import contender
 from nsa_sel.bench.methods.contender import NotTimed, WrongResult
 from nsa_sel.bench.session import Session, is_planted
@@ -41,6 +43,19 @@ def test_a_measurement_says_what_ran_and_has_every_pinned_key(cpu_bench):
     assert found["ci95_us"][0] <= found["median"] * 1e6 <= found["ci95_us"][1]
     assert found["gbps"] == pytest.approx(found["bytes"] / found["median"] / 1e9)
     assert 0 < found["mae"] < 1e-3
+
+
+def test_what_a_method_finds_after_its_timing_is_saved_too(cpu_bench, monkeypatch):
+    timed = []
+    prepare = session.prepare
+
+    def with_share(state, method, kernels):
+        made = prepare(state, method, kernels)
+        return replace(made, after=lambda: {"shared": len(timed)})
+
+    monkeypatch.setattr(session, "prepare", with_share)
+    monkeypatch.setattr(cpu_bench.timer, "samples", lambda *asked: timed.append(asked) or [1.0, 1.0])
+    assert cpu_bench.measure(SMALL, "packed_sdpa")["shared"] == len(timed) > 0
 
 
 @pytest.mark.parametrize("method", ["triton", "triton_core", "packed_sdpa_fused", "packed_sdpa_compiled"])

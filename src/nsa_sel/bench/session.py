@@ -173,7 +173,7 @@ class Session:
             else:
                 found |= {"graph_us": spread.us, "graph_ci95_us": list(spread.ci95_us)}
                 found |= {"graph_replays": [spread.groups, spread.calls]}
-        return found
+        return found | prepared.after()
 
     def measure(self, case: Case, method: str, rounds: int = timing.ROUNDS, warmup: int = timing.WARMUP_ROUNDS) -> dict:
         """Measure one method outside pytest-benchmark: `samples` and their `median`, `q1`, `q3` in s, extra_info.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import kernel_failed
 from . import device, direct, launch_config, rules, tuned_table
-from .device import INTERPRETED, bind_context, call_of, descriptor, gpu_of, tma_fits
+from .device import INTERPRETED, bind_context, call_of, descriptors, direct_descriptors, gpu_of, tma_fits
 from .forward import TENSOR_ARGS, _sel_fwd
 from .kv import MAX_KEPT, MAX_TMA_ROWS, Placed, Places, as_matrices, is_view, lie_of, outer_strides, remember
 from .launch_config import LaunchConfig
@@ -26,20 +26,38 @@ MAX_CONTEXT = 2**31 - 1  # tokens of K and V
 _launches = 0
 
 
+def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a new tensor on this device, which is current."""
+    if _empty_strided_cuda is not None and device.type == "cuda":
+        return _empty_strided_cuda(shape, stride, dtype)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
 def launch_count() -> int:
     """Return how many times this process has launched the kernel."""
     return _launches
 
 
+def count_launches(n: int) -> None:
+    """Add the launches of other kernels of this folder."""
+    global _launches
+    _launches += n
+
+
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> str | None:
     """Say in one sentence why the kernel cannot run these (valid) tensors here; None if it can."""
-    H, D, Dv = q.shape[3], q.shape[4], v.shape[3]
     if not INTERPRETED and q.device.type != "cuda":
         return f"no CUDA device: the tensors are on {q.device}, and TRITON_INTERPRET is not set"
     if q.device.type == "cuda" and torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{torch.cuda.get_device_name(q.device)} has compute capability below 8.0"
+    return unsupported_sizes(q, k, v)
+
+
+def unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Say in one sentence for which size the kernel cannot run these tensors, on any GPU; None if it can."""
+    H, D, Dv = q.shape[3], q.shape[4], v.shape[3]
     if H > launch_config.MAX_HEADS:
         return f"H={H} is above {launch_config.MAX_HEADS}"
     for name, width in (("D", D), ("Dv", Dv)):
@@ -115,6 +133,7 @@ class Plan:
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         self.tma = config.load == "tma"
+        self.boxes = config.boxes(D, Dv)
         lie = lie_of(k, v)
         of_q, of_ranges = ([0 if x.shape[i] == 1 else x.stride(i) for i in range(4)] for x in (q, ranges))
         self.token_strides = of_tokens = (k.stride(2), v.stride(2))
@@ -137,7 +156,7 @@ class Plan:
             **{f"stride_r{axis}": n for axis, n in zip("bsgn", of_ranges, strict=True)},
             **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
             **{"VIEW": view, "COLUMNS": matrices is not None and any(matrix.column for matrix in matrices)},
-            **config.constants(H, Dv, n_spans),
+            **config.constants(H, D, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
@@ -182,10 +201,7 @@ class Plan:
             with torch.cuda.device(self.device):
                 return self.run(q, k, v, ranges, out, lse, placed)
         if out is None:
-            if _empty_strided_cuda is not None and not INTERPRETED:
-                out = _empty_strided_cuda(self.out_shape, self.out_stride, self.dtype)
-            else:
-                out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
+            out = empty(self.out_shape, self.out_stride, self.dtype, self.device)
         if 0 in self.out_shape:
             return out
         lse_at = None if lse is None else lse.data_ptr()
@@ -209,17 +225,17 @@ class Plan:
             parts_at = counters_at = None
             if parts is not None and counters is not None:
                 parts_at, counters_at = parts.data_ptr(), counters.data_ptr()
-            descriptors = (None, None)
+            described = (None,) * len(self.boxes)
             if describe is not None:
                 at = (k_at, v_at, placed.rows)
-                descriptors = self.descriptors.get(at) or self._describe(describe, *at, placed.columns)
+                described = self.descriptors.get(at) or self._describe(describe, *at, placed.columns)
             if one_tuple:
-                arguments = (*pointers, lse_at, parts_at, counters_at, *descriptors, *placed.arguments)
+                arguments = (*pointers, lse_at, parts_at, counters_at, *described, *placed.arguments)
                 launch(*self.grid, stream, *head, arguments)
             else:
                 launch(
                     *self.grid, stream, *head,
-                    *pointers, lse_at, parts_at, counters_at, *descriptors, *placed.arguments,
+                    *pointers, lse_at, parts_at, counters_at, *described, *placed.arguments,
                 )  # fmt: skip
             _launches += 1
             return out
@@ -240,12 +256,9 @@ class Plan:
     ) -> Tensor:
         """Compile if need be, launch through Triton's public interface, and keep the direct way for later calls."""
         global _launches
-        k_desc = v_desc = None
         if self.tma:
             bind_context()
-            k_desc = descriptor(k, placed.rows, placed.columns[0], [self.config.block_l, self.config.block_d])
-            v_desc = descriptor(v, placed.rows, placed.columns[1], [self.config.block_l, self.config.block_dv])
-        arguments = (q, k, v, ranges, out, lse, parts, counters, k_desc, v_desc, *placed.arguments)
+        arguments = (q, k, v, ranges, out, lse, parts, counters, *self.described(k, v, placed), *placed.arguments)
         try:
             if self.config.cluster > 1:  # the public launch knows no clusters of separate programs
                 compiled = _sel_fwd.warmup(*arguments, grid=self.grid, **self.options)
@@ -267,9 +280,13 @@ class Plan:
             raise kernel_failed(self.config, error) from error
         return out
 
+    def described(self, k: Tensor, v: Tensor, placed: Placed) -> tuple:
+        """Return Triton's descriptors of K and V for the kernel's tiles, None for one that it does without."""
+        if not self.tma:
+            return (None,) * len(self.boxes)
+        return descriptors((k, v), placed.rows, placed.columns, self.config.block_l, self.boxes)
+
     def _describe(self, describe: Any, k_at: int, v_at: int, rows: int, columns: tuple[int, int]) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
-        bind_context()
-        stride_k, stride_v = self.token_strides
-        made = *describe(k_at, rows, columns[0], stride_k, 0), *describe(v_at, rows, columns[1], stride_v, 1)
+        made = direct_descriptors(describe, (k_at, v_at), rows, columns, self.token_strides, self.boxes)
         return remember(self.descriptors, (k_at, v_at, rows), made, MAX_KEPT)

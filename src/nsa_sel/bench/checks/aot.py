@@ -15,10 +15,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -65,8 +66,7 @@ def build(variant: Variant) -> Build:
             source, options = _source(variant)
             compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
         except Exception as error:  # whatever the compiler raises is the result
-            message = f"{type(error).__name__}: {error}"
-            return Build(variant, time.perf_counter() - start, message)
+            return Build(variant, time.perf_counter() - start, _with_causes(error))
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     if registers is None or spills is None:
@@ -80,14 +80,37 @@ def build(variant: Variant) -> Build:
     )
 
 
+def _with_causes(error: BaseException) -> str:
+    """Say what an error is and what caused it: of a fault in a function that a kernel calls, Triton names the call."""
+    said = f"{type(error).__name__}: {error}"
+    return said if error.__cause__ is None else f"{said}\n{_with_causes(error.__cause__)}"
+
+
 def _source(variant: Variant) -> tuple:
     """Return what `triton.compile` takes: the kernel with its signature, and the options."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
-    from ...kernel.device import descriptor
+    kernel, arguments, options = _called(variant)
+    signature, constants, attributes = {}, {}, {}
+    for param, value in zip(kernel.params, arguments, strict=True):
+        if param.is_constexpr or value is None:
+            signature[param.name] = "constexpr"
+            constants[(param.num,)] = value
+        elif param.annotation_type:
+            signature[param.name] = param.annotation_type
+        else:
+            signature[param.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) and variant.tensors != "odd strides":
+                attributes[(param.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _called(variant: Variant) -> tuple[Any, Sequence[Any], dict[str, int]]:
+    """Return the kernel, the arguments that the launcher passes, on tensors without memory, and the options."""
     from ...kernel.forward import _sel_fwd
     from ...kernel.launch import Plan
+    from ...kernel.shared_launch import SharedPlan
 
     H, D, Dv, config, tensors = variant.H, variant.D, variant.Dv, variant.config, variant.tensors
     dtype = TORCH_DTYPES[variant.dtype]
@@ -102,30 +125,48 @@ def _source(variant: Variant) -> tuple:
     q, k, v = q[..., :D], k[..., :D].transpose(1, 2), v[..., :Dv].transpose(1, 2)
     ranges = tensor(1, 2, G, variant.n_spans, 2, dtype=torch.int64 if tensors == "int64 ranges" else torch.int32)
     lse = tensor(1, dtype=torch.float32) if tensors == "lse" else None
+    if variant.shared is not None:
+        sharing = SharedPlan(q, k, v, ranges, None, None, None, variant.shared, config)
+        passed = sharing.passed(sharing.places.last)
+        index, given = sharing.index(passed), (q, k, v, ranges, tensor(1), lse)
+        starts = {
+            "_cover": (sharing.start_cover, (ranges, *index.tensors), passed.cover, passed.cover_options),
+            "_sel_shared": (sharing.start_shared, (*given, *index.tensors), passed.shared, sharing.shared.options),
+            "_sel_rest": (sharing.start_rest, (*given, *index.tensors[2:]), passed.rest, sharing.options),
+        }
+        start, of_kernel, values, options = starts[variant.kernel]
+        return start.kernel, (*of_kernel, *start.public(of_kernel, passed.placed), *values), options
+    if variant.backward is not None:
+        return backward_called(variant, q, k, v, ranges)
     parts = tensor(1, dtype=torch.float32) if config.splits > 1 else None
     counters = tensor(1, dtype=torch.int32) if config.splits > 1 else None
     plan = Plan(q, k, v, ranges, None, None, None, config)
-    descriptors = [None, None]
-    if plan.tma:
-        rows, columns = plan.places.last.rows, plan.places.last.columns
-        widths = config.block_d, config.block_dv
-        descriptors = [
-            descriptor(x, rows, n, [config.block_l, w]) for x, n, w in zip((k, v), columns, widths, strict=True)
-        ]
-    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *descriptors, *plan.places.last.arguments)
+    placed = plan.places.last
+    arguments = (q, k, v, ranges, tensor(1), lse, parts, counters, *plan.described(k, v, placed), *placed.arguments)
+    return _sel_fwd, arguments, plan.options
 
-    signature, constants, attributes = {}, {}, {}
-    for param, value in zip(_sel_fwd.params, arguments, strict=True):
-        if param.is_constexpr or value is None:
-            signature[param.name] = "constexpr"
-            constants[(param.num,)] = value
-        elif param.annotation_type:
-            signature[param.name] = param.annotation_type
-        else:
-            signature[param.name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) and not odd:
-                attributes[(param.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(_sel_fwd, signature, constants, attributes), plan.options
+
+def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequence[Any], dict[str, int]]:
+    """Return a kernel of the backward pass, its arguments and options, as `_called` does."""
+    from ...kernel.backward_index import _mark
+    from ...kernel.backward_keys import _sel_bwd_keys
+    from ...kernel.backward_launch import BackwardPlan, Saved
+    from ...kernel.backward_rows import _sel_bwd_rows
+
+    q, k, v, ranges = tensors
+    out, (dk, dv), (lse, part) = (
+        q.new_empty(1),
+        (q.new_empty(1) for _ in range(2)),
+        (torch.empty(1, dtype=torch.float32, device="meta") for _ in range(2)),
+    )
+    plan = BackwardPlan(q, k, v, ranges, None, None, None, variant.backward)
+    saved = Saved(q, k, v, ranges, out, lse, out, lse if variant.tensors == "lse" else None)
+    placed, index = plan.places.last, plan.index()
+    if variant.kernel == "_mark":
+        return _mark, *plan.mark_arguments(ranges, lse, k.shape[2], index.marks)
+    if variant.kernel == "_sel_bwd_keys":
+        return _sel_bwd_keys, *plan.key_arguments(saved, placed, lse, index, (dk, dv, part))
+    return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
 
 
 def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:
@@ -155,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         examples=f"""
             {command}            what `rules.choose` can return, as far as `every_variant` says
-            {command} --sample   sixty kernels, in a minute or two""",
+            {command} --sample   a hundred kernels, in some minutes""",
     )
     parser.add_argument("--sample", action="store_true", help="compile the sample only")
     parser.add_argument(

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 
-from ...kernel import rules
+from ...kernel import backward_config, rules, shared_config
+from ...kernel.backward_config import BackwardLaunch
 from ...kernel.call import Call, Gpu
 from ...kernel.launch_config import MAX_WIDTH, SPAN_BUCKETS, LaunchConfig, chunk_width, shared_memory, span_bucket
+from ...kernel.shared_config import SharedLaunch
 from ..suite import cases
 from ..suite.cases import ELEMENT_BYTES
 
@@ -47,9 +49,33 @@ SAMPLE = (
 )
 
 
+# Prefill in which queries may share tiles: heads that are few, many and no power of two, widths in one chunk or more.
+SHARED_SAMPLE = (
+    Call(65_536, 16, 128, 128, 16, 1024, shared_kv=True),
+    Call(65_536, 4, 128, 128, 16, 1024, shared_kv=True),
+    Call(65_536, 1, 64, 64, 8, 1024, shared_kv=True),
+    Call(65_536, 64, 256, 256, 8, 1024, shared_kv=True),
+    Call(65_536, 16, 192, 128, 16, 1024, shared_kv=True),
+    Call(65_536, 6, 80, 48, 64, 4096, shared_kv=True),
+)
+SHARED_KERNELS = ("_sel_shared", "_cover", "_sel_rest")
+# Training: the shapes of prefill, many short spans, and the widest rows.
+BACKWARD_SAMPLE = (
+    *SHARED_SAMPLE,
+    Call(65_536, 16, 64, 64, 1024, 16_384, shared_kv=True),
+    Call(65_536, 16, 256, 256, 16, 1024, shared_kv=True),
+    Call(65_536, 16, 128, 128, 32, 512, shared_kv=True),
+)
+BACKWARD_KERNELS = ("_sel_bwd_keys", "_sel_bwd_rows", "_mark")
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One kernel to compile. tensors: one of TENSORS. in_matrix: chosen for a case of the perf matrix."""
+    """One kernel to compile. tensors: one of TENSORS. in_matrix: chosen for a case of the perf matrix.
+
+    kernel, shared: which of SHARED_KERNELS, and its launch; `config` is then that of the rows. backward: the launch of
+    one of BACKWARD_KERNELS.
+    """
 
     arch: int
     dtype: str
@@ -60,11 +86,17 @@ class Variant:
     config: LaunchConfig
     tensors: str = "plain"
     in_matrix: bool = field(default=False, compare=False)  # the same kernel, whoever needs it
+    kernel: str = "_sel_fwd"
+    shared: SharedLaunch | None = None
+    backward: BackwardLaunch | None = None
 
     def __str__(self) -> str:
         shape = f"H{self.H} D{self.D} Dv{self.Dv} spans{self.n_spans}"
         other = "" if self.tensors == "plain" else f" ({self.tensors})"
-        return f"sm_{self.arch} {self.dtype} {shape} {self.config}{other}"
+        launch = f"{self.kernel} {self.shared}, {self.config}" if self.shared else self.config
+        if self.backward:
+            launch = f"{self.kernel} {self.backward}"
+        return f"sm_{self.arch} {self.dtype} {shape} {launch}{other}"
 
 
 def chosen(arch: int, dtype: str, shape: Call, gpu: Gpu, tensors: str = "plain") -> Variant:
@@ -73,6 +105,29 @@ def chosen(arch: int, dtype: str, shape: Call, gpu: Gpu, tensors: str = "plain")
     config = rules.choose(call, gpu).with_fewest_parts()
     in_matrix = tensors == "plain" and dtype in cases.DTYPES and shape in _matrix()
     return Variant(arch, dtype, shape.H, shape.D, shape.Dv, span_bucket(shape.n_spans), config, tensors, in_matrix)
+
+
+def sharing(
+    arch: int, dtype: str, shape: Call, gpu: Gpu, kernel: str = SHARED_KERNELS[0], tensors: str = "plain"
+) -> Variant:
+    """Return a kernel of a call whose queries share tiles."""
+    of_rows = chosen(arch, dtype, shape, gpu, tensors)
+    call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
+    launch = shared_config.default(call, gpu, 2.0)
+    launch = replace(launch, tma=launch.tma and of_rows.config.load == "tma")
+    config = replace(of_rows.config, splits=1, cluster=1, max_registers=0)
+    return replace(of_rows, config=config, kernel=kernel, shared=launch, in_matrix=False)
+
+
+def backward(
+    arch: int, dtype: str, shape: Call, gpu: Gpu, kernel: str = BACKWARD_KERNELS[0], tensors: str = "plain"
+) -> Variant:
+    """Return a kernel of the backward pass of a call of this shape, in this dtype, on a GPU."""
+    call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
+    launch = backward_config.choose(call, gpu)
+    spans = span_bucket(shape.n_spans)
+    widths = shape.H, shape.D, shape.Dv
+    return Variant(arch, dtype, *widths, spans, launch.row, tensors, False, kernel, backward=launch)
 
 
 @cache
@@ -89,7 +144,8 @@ def _matrix() -> frozenset[Call]:
 def sample() -> list[Variant]:
     """Return the launches for SAMPLE on every architecture: bf16 plain or fp16 with TENSORS by turns, and one fp32.
 
-    What is a shape of the perf matrix is there in bf16 everywhere.
+    What is a shape of the perf matrix is there in bf16 everywhere. Of SHARED_SAMPLE the first, and another in turn with
+    all of SHARED_KERNELS; likewise of BACKWARD_SAMPLE.
     """
     variants = []
     for turn, (arch, (_, gpu)) in enumerate(ARCHITECTURES.items()):
@@ -99,6 +155,14 @@ def sample() -> list[Variant]:
             else:
                 variants.append(chosen(arch, "bf16", shape, gpu))
         variants.append(chosen(arch, "fp32", SAMPLE[turn], gpu))
+        for kernel in SHARED_KERNELS:
+            variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
+        variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
+        of_keys, of_rows, of_index = BACKWARD_KERNELS
+        variants += [backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel) for kernel in (of_keys, of_rows)]
+        variants.append(backward(arch, "fp16", BACKWARD_SAMPLE[0], gpu, of_keys, TENSORS[turn]))
+        if arch == 90:
+            variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, of_index))
     return list(dict.fromkeys(variants))
 
 
@@ -117,6 +181,11 @@ def every_variant() -> list[Variant]:
         variants += _each_pair(list(others))
         for shape, tensors in itertools.product(SAMPLE, TENSORS[1:]):
             variants.append(chosen(arch, dtype, shape, large, tensors))
+        for shape, tensors, kernel in itertools.product(SHARED_SAMPLE, TENSORS, SHARED_KERNELS):
+            variants.append(sharing(arch, dtype, shape, large, kernel, tensors))
+        for shape, tensors, kernel in itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS):
+            if backward_config.fits(replace(shape, element_bytes=ELEMENT_BYTES[dtype]), large):
+                variants.append(backward(arch, dtype, shape, large, kernel, tensors))
     return list(dict.fromkeys(variants))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,9 @@ class Prepared:
     call: the timed call. result: turns its value into rows [N, H, Dv]. details: entries of extra_info that say what
     really runs. guard: the context in which it must run (the SDPA backend); it is entered once per measurement, since
     entering it costs host time. expected: what `CaseState.expect` gives for the spans that the method attends to, if
-    those are not the case's. repro: lines that a wrong result is shown with.
+    those are not the case's. repro: lines that a wrong result is shown with. after: finds more entries of extra_info
+    once the call is timed. verify: in place of the gate, checks the call's value and returns its error, or raises
+    WrongResult.
     """
 
     call: Callable[[], Tensor]
@@ -65,6 +68,8 @@ class Prepared:
     guard: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     expected: tuple[Tensor, Tensor, Tensor] | None = None
     repro: str = ""
+    after: Callable[[], dict[str, float | None]] = dict
+    verify: Callable[[Any], float] | None = None
 
 
 class CaseState:
@@ -166,11 +171,14 @@ class CaseState:
 
 
 def check(state: CaseState, prepared: Prepared) -> float:
-    """Run the call once, judge the fixed rows, and return their MAE.
+    """Run the call once, judge the fixed rows, and return their MAE, or what the method's own check returns.
 
     Raises:
         WrongResult: the gate's message, and how to see it again.
     """
+    if prepared.verify is not None:
+        with prepared.guard():
+            return prepared.verify(prepared.call())
     rows, oracle, packed = prepared.expected or state.expected
     case, q = state.case, state.inputs.q
     with prepared.guard():

@@ -14,10 +14,10 @@ from torch import Tensor
 from ... import selection_attention
 from ...errors import KernelFailed, UnsupportedError
 from ..saved.speedups import EVERY_SDPA_FORM, PEER_METHODS, kernel_of, scope
-from ..suite.cases import TRITON_METHODS
+from ..suite.cases import TRAINING, TRITON_METHODS
 from ..suite.inputs import Inputs, memory_estimate
 from ..suite.kernels import UserKernel
-from . import compiled, given, peers
+from . import compiled, given, peers, sharing, training
 from .contender import CaseState, NotTimed, Prepared, WrongResult, as_rows, packed_as_inputs, within
 
 
@@ -32,6 +32,8 @@ def prepare(state: CaseState, method: str, kernels: Mapping[str, UserKernel] | N
     """
     if method in TRITON_METHODS and state.device == "cpu":
         raise NotTimed("no GPU")
+    if state.case.family == TRAINING and method not in (kernels or {}):
+        return training.prepare(state, method)
     if scope(method) == "core" or method in EVERY_SDPA_FORM:
         state.require(memory_estimate(state.case))  # of packed rows, which the others do without
     if (kernel := (kernels or {}).get(kernel_of(method))) is not None:
@@ -82,9 +84,9 @@ def _triton(state: CaseState, core: bool) -> Prepared:
         raise WrongResult(f"{state.case.id}: the kernel did not run")
     planned = device.call_of(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
     why = choice.explain(planned, device.gpu_of(x.q.device))
-    return Prepared(
-        call, functools.partial(as_rows, state.case), {"config": str(why.launch), "config_reason": str(why)}
-    )
+    details: dict[str, str | float] = {"config": str(why.launch), "config_reason": str(why)}
+    after = functools.partial(sharing.figures, state) if x.q.shape[1] > 1 else dict
+    return Prepared(call, functools.partial(as_rows, state.case), details, after=after)
 
 
 def _fused(x: Inputs) -> Callable[[], Tensor]:

@@ -42,6 +42,12 @@ _PICTURES = (
         "context: other work, for scale. Rows share K and V, so that operations and not bytes are the measure.",
     ),
     (
+        "sharing",
+        "Shared tiles",
+        "Device time against the KV tiles that a query tile selects: the fewer, the more alike its queries select. Row "
+        "kernel: each query reads its tiles alone; shared: all queries of a tile read each once; Triton: the choice.",
+    ),
+    (
         "history",
         "History",
         "Saved runs of this GPU by date, named by commit; hollow: measured on another card of the name. A run counts "
@@ -189,10 +195,13 @@ def _pictures(rows: Sequence[tables.Row], figures: Mapping[str, Any]) -> dict[st
         "bytes": any(row["bytes"] for row in ours if row["family"] != "prefill"),
         "decode": "decode" in families,
         "prefill": "prefill" in families,
+        "sharing": any(row["union"] for row in ours),
         "history": len(figures["history"]["runs"]) > 1,
     }
     found = {}
     for name, title, note in _PICTURES:
+        if name == "sharing" and not there[name]:  # cases that are asked for by name
+            continue
         content = _picture(name, note) if there[name] else [_note(_MISSING.get(name, _NO_CASE))]
         found[name] = [f"<h2>{escape(title)}</h2>", *content]
     return found

@@ -25,7 +25,7 @@ LABELS = {  # in the order of their colours
     "fla_nsa": "fla NSA",
     "flashinfer_paged": "FlashInfer",
 }
-FIGURES = ("device_us", "call_us", "graph_us", *tables.SPEEDUPS, "bytes", "tflops")
+FIGURES = ("device_us", "call_us", "graph_us", *tables.SPEEDUPS, "bytes", "tflops", *tables.SHARING)
 COLUMNS = ("case", "method", "scope", "family", "layout", "H", "D", "Dv", "L", "N", *FIGURES)
 GRADES = {"regressions": "slower", "suspects": "suspect", "improvements": "faster", "noise": "noise", "same": "same"}
 

@@ -19,6 +19,7 @@ from ..saved.speedups import (
     kernel_of,
     kernels_among,
 )
+from ..suite.cases import TRAINING
 from ..suite.distributions import law_of
 from . import spread
 
@@ -211,6 +212,19 @@ def paged_screen(results: Iterable[Mapping[str, Any]]) -> list[str]:
         if lines
         else []
     )
+
+
+def training_screen(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each case of training: what each method takes, and the memory at its peak beyond the inputs."""
+    grouped = by_case([result for result in results if result["family"] == TRAINING])
+    lines = []
+    for case, timed in grouped.items():
+        shown = []
+        for method, result in timed.items():
+            peak = f", {result['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in result else ""
+            shown.append(f"{method} {result['device_us'] / 1e3:.2f} ms{peak}")
+        lines.append(f"{case}: {'; '.join(shown)}")
+    return ["training: time, and memory at its peak beyond the inputs", *lines] if lines else []
 
 
 def _over(us: float | None, twin_us: float | None) -> float | None:

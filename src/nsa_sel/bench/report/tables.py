@@ -18,6 +18,7 @@ from .screen import peers as side_by_side
 
 Row = dict[str, Any]
 SPEEDUPS = {"speedup": "device_us", "call_speedup": "call_us", "graph_speedup": "graph_us"}  # of which time
+SHARING = ("shared", "union", "rows_us", "tiles_us")  # see methods/sharing.py
 PEERS_NOTE = (
     "Device time in µs (wall-clock time without a GPU), and how many times Triton's it is. "
     "What has a time was first checked against the oracle."
@@ -55,7 +56,7 @@ def table(saved: Saved) -> list[Row]:
         row: Row = {name: str(extra.get(name) or "") for name in ("family", "dtype", "layout")}
         row |= {
             name: _figure(extra.get(name))
-            for name in ("H", "D", "Dv", "L", "N", "S", "n_spans", "bytes", "gbps", "pct_of_limit", "mae")
+            for name in ("H", "D", "Dv", "L", "N", "S", "n_spans", "bytes", "gbps", "pct_of_limit", "mae", *SHARING)
         }
         row |= {"case": key[0], "method": key[1], "scope": scope(key[1]), "device_us": timing.median_us}
         row |= {"ms": timing.median_us / 1e3, "ci_low_ms": low / 1e3, "ci_high_ms": high / 1e3}

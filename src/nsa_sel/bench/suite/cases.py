@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..saved.speedups import PEER_METHODS, SDPA_FORMS, TRITON
-from . import distributions, pages
+from . import distributions, pages, sharing, training
 from .distributions import DECODE, PREFILL, SPANS, Distribution
 from .recorded import Recorded
 
@@ -17,7 +17,10 @@ GQA = 4  # KV groups of a decode case, unless it says otherwise
 FAMILIES = ("rows", "ragged", "decode", "long", "prefill")
 RECORDED = "recorded"  # the family of a real model's calls, and their layout; in no matrix
 PAGED = "paged"  # asked for like a family: calls of servers, with K and V in pages and without; in no matrix
+TRAINING = "training"  # likewise: forward and backward pass of prefill; in no matrix
 PEERS = "peers"  # asked for like a family: decode, prefill and a larger set, beside what a user would pick instead
+SHARED = "shared"  # asked for like a family: prefill beside dense SDPA, with the degree of sharing varied; in no matrix
+ONLY_NAMED = (PEERS, PAGED, SHARED, TRAINING)
 LAYOUTS = ("few", "many", "mixed")  # the distributions of `rows`
 DTYPES = ("bf16", "fp16")
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of every dtype that the kernel takes
@@ -81,7 +84,7 @@ class Case:
         shape = f"{self.family}-{self.dtype}-H{self.H}-D{self.D}-Dv{self.Dv}-L{self.L}-N{self.N}"
         if self.family == "decode":
             shape += f"-t{self.S_kv}" + (f"-G{self.G}" if self.G != GQA else "")
-        elif self.family == "prefill":
+        elif self.family in ("prefill", SHARED, TRAINING):
             shape += f"-S{self.S}" + (f"-G{self.G}" if self.B > 1 else "")
         elif self.family == PAGED:
             shape += f"-t{self.S_kv}-S{self.S}"
@@ -138,6 +141,8 @@ class Case:
         """Return the methods in the order of timing; beside peers packing comes last, as it needs the most memory."""
         if self.family == PAGED:  # packed rows are the same with and without pages
             return OP_METHODS[:-1]
+        if self.family in (SHARED, TRAINING):  # of SHARED most are too large to pack
+            return training.METHODS if self.family == TRAINING else (TRITON["op"], "dense")
         ours = tuple(m for m in OP_METHODS + CORE_METHODS if m != "packed_sdpa_compiled" or self.hot)
         return ("triton", *PEER_METHODS, *(m for m in ours if m.startswith("packed"))) if self.peers else ours
 
@@ -145,18 +150,13 @@ class Case:
 def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Case]:
     """Return the cases of "smoke", "hot" or "full", optionally of one family (or several, separated by commas).
 
-    "peers" and "paged" count as families that are only there when named; the "hot" cases of peers are those of 16
-    heads, NSA's own number.
+    ONLY_NAMED are there only when named; the "hot" cases of peers and training are those of 16 heads, NSA's own number.
 
     Raises:
         ValueError: an unknown matrix, dtype or family.
     """
     families = FAMILIES if family is None else tuple(family.split(","))
-    arguments = (
-        ("matrix", (name,), MATRICES),
-        ("dtype", (dtype,), DTYPES),
-        ("family", families, (*FAMILIES, PEERS, PAGED)),
-    )
+    arguments = ("matrix", (name,), MATRICES), ("dtype", (dtype,), DTYPES), ("family", families, FAMILIES + ONLY_NAMED)
     for argument, values, known in arguments:
         for value in values:
             if value not in known:
@@ -166,17 +166,16 @@ def matrix(name: str, dtype: str = "bf16", family: str | None = None) -> list[Ca
         cases = [case for case in cases if case.hot]
     elif name == "smoke":
         cases = [case for case in cases if _in_smoke(case)]
-    chosen = {case.id: case for case in cases if case.family in families}
-    if PEERS in families:
-        chosen |= {case.id: case for case in _peers(name, dtype)}
-    if PAGED in families:
-        chosen |= {case.id: case for case in (Case(PAGED, dtype, **sizes) for sizes in pages.sizes(name))}
-    return list(chosen.values())
+    chosen = [case for case in cases if case.family in families]
+    chosen += _peers(name, dtype) if PEERS in families else []
+    for extra, sizes in ((PAGED, pages.sizes), (SHARED, sharing.sizes), (TRAINING, training.sizes)):
+        chosen += [Case(extra, dtype, **fields) for fields in sizes(name)] if extra in families else []
+    return list({case.id: case for case in chosen}.values())
 
 
 def by_id() -> dict[str, Case]:
-    """Return every case of the full matrix in each dtype, peers' and paged ones included, by its id."""
-    families = ",".join((*FAMILIES, PEERS, PAGED))
+    """Return every case of the full matrix in each dtype, those of ONLY_NAMED included, by its id."""
+    families = ",".join(FAMILIES + ONLY_NAMED)
     return {case.id: case for dtype in DTYPES for case in matrix("full", dtype, families)}
 
 

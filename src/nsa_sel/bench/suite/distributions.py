@@ -25,6 +25,7 @@ LONGEST_OVER_MEAN = RAGGED_RATIO * math.log(RAGGED_RATIO) / (RAGGED_RATIO - 1)  
 KEPT = 24  # tokens for which a slot of `local` keeps its block
 LAWS = ("equal", "mixed", "ragged")  # of spans of any number, which stands behind the name: equal12
 _COUNTED = re.compile(rf"({'|'.join(LAWS)})([1-9][0-9]*)")
+_HELD = re.compile("kept([1-9][0-9]*)")  # `local` whose slots keep their block for that many tokens
 
 
 class Shape(Protocol):
@@ -92,6 +93,9 @@ def find(name: str, kind: str) -> Distribution:
     """
     if kind == SPANS and (counted := _COUNTED.fullmatch(name)):
         return spread(counted[1], int(counted[2]))
+    if kind != SPANS and (held := _HELD.fullmatch(name)):
+        tokens = int(held[1])
+        return Distribution(lambda shape, generator: slots(shape, generator, tokens), (DECODE, PREFILL), 1, None, 3)
     known = [each for each, found in DISTRIBUTIONS.items() if kind in found.kinds]
     if name not in known:
         of = f" of {kind}" if name in DISTRIBUTIONS else ""
@@ -209,24 +213,7 @@ def local(shape: Shape, generator: Generator) -> Tensor:
     Each of the other slots keeps its block for 24 tokens and then draws another earlier one; the slots' changes are
     spread evenly over the 24. While there are fewer earlier blocks than slots, all of them are selected.
     """
-    own = own_block(shape)[0, :, 0, 0]
-    slots = shape.n_spans - 3
-    held = torch.full((shape.B, shape.G, slots), -1)
-    blocks = torch.full((shape.B, shape.S, shape.G, shape.n_spans), -1)
-    blocks[..., 0] = own[:, None]
-    blocks[..., 1] = torch.where(own > 0, 0, -1)[:, None]
-    blocks[..., 2] = torch.where(own > 1, own - 1, -1)[:, None]
-    filled = 0
-    for s, last in enumerate((own - 2).clamp(min=0).tolist()):  # the earlier blocks are 1..last
-        due = [slot for slot in range(filled) if (s + slot * KEPT // slots) % KEPT == 0]
-        new = list(range(filled, min(slots, last)))
-        filled += len(new)
-        if change := [*new, *due][: last - (filled - len(new))]:  # as many as there are blocks that no slot holds
-            score = torch.rand(shape.B, shape.G, last, generator=generator)
-            score.scatter_(-1, held[..., : filled - len(new)] - 1, -1.0)
-            held[..., change] = score.topk(len(change)).indices + 1
-        blocks[:, s, :, 3:] = held
-    return block_ranges(shape, blocks.sort(-1).values)
+    return slots(shape, generator, KEPT)
 
 
 @distribution(DECODE, PREFILL, longest=lambda shape: shape.L)
@@ -269,3 +256,25 @@ def block_ranges(shape: Shape, blocks: Tensor, context: Tensor | None = None) ->
     """Turn block numbers [B, S, G, n], -1 for none, into ranges that end with the query's own token."""
     seen = position(shape, context) + 1
     return pages.ranges(shape, blocks, seen) if shape.pages else spans.block_ranges(blocks, shape.block, seen)
+
+
+def slots(shape: Shape, generator: Generator, kept: int) -> Tensor:
+    """Return the ranges of `local` whose slots keep a block for that many tokens."""
+    own = own_block(shape)[0, :, 0, 0]
+    others = shape.n_spans - 3
+    held = torch.full((shape.B, shape.G, others), -1)
+    blocks = torch.full((shape.B, shape.S, shape.G, shape.n_spans), -1)
+    blocks[..., 0] = own[:, None]
+    blocks[..., 1] = torch.where(own > 0, 0, -1)[:, None]
+    blocks[..., 2] = torch.where(own > 1, own - 1, -1)[:, None]
+    filled = 0
+    for s, last in enumerate((own - 2).clamp(min=0).tolist()):  # the earlier blocks are 1..last
+        due = [slot for slot in range(filled) if (s + slot * kept // others) % kept == 0]
+        new = list(range(filled, min(others, last)))
+        filled += len(new)
+        if change := [*new, *due][: last - (filled - len(new))]:  # as many as there are blocks that no slot holds
+            score = torch.rand(shape.B, shape.G, last, generator=generator)
+            score.scatter_(-1, held[..., : filled - len(new)] - 1, -1.0)
+            held[..., change] = score.topk(len(change)).indices + 1
+        blocks[:, s, :, 3:] = held
+    return block_ranges(shape, blocks.sort(-1).values)

@@ -21,7 +21,8 @@ pytest_plugins = [f"{__package__}.kernel_options"]  # whose kernels are methods 
 
 FAMILY_HELP = (
     f"only these, with commas: {', '.join(matrix.FAMILIES)}; {matrix.PEERS}: beside other people's kernels; "
-    f"{matrix.PAGED}: calls of servers, K and V in pages and without (default: all but these two)"
+    f"{matrix.PAGED}: calls of servers, K and V in pages and without; {matrix.SHARED}: prefill with queries that "
+    f"select more and less alike; {matrix.TRAINING}: forward and backward pass (default: all but these four)"
 )
 
 

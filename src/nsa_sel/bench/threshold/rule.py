@@ -14,12 +14,12 @@ from typing import Any
 from ..saved.run import Saved, gpu_name, is_figure
 from ..saved.speedups import SDPA_FORMS, TRITON, fastest_form
 from ..suite import cases
-from ..suite.cases import DTYPES, PAGED, RECORDED, Case
+from ..suite.cases import DTYPES, PAGED, RECORDED, SHARED, Case
 from ..suite.kernels import UNSUPPORTED, block_size, expressible
 from .judged import Own, ThresholdError, of_runs, takes
 
 NEEDED_SPEEDUP = 1.2
-REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "prefill": "prefill"} | dict.fromkeys(
+REGIME_OF_FAMILY = {"rows": "rows", "ragged": "rows", "prefill": "prefill", SHARED: "prefill"} | dict.fromkeys(
     ("decode", "long", PAGED), "decode"
 )
 REGIMES = ("rows", "decode", "prefill")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...config import PACKAGED_FILE, SelConfig
+from ...config import PACKAGED_FILE, REGIMES, SelConfig, with_inference
 from ..saved.run import Saved
 from ..saved.speedups import TRITON, geomean
 from ..tables import as_markdown, replace_file
@@ -168,7 +168,8 @@ def _config_text(path: Path, gpu: str, min_len: int) -> str:
     """Return the YAML text with this GPU's entry set, comments and order kept."""
     path = path if path.exists() else PACKAGED_FILE
     text = _read(path)
-    if SelConfig.load(path, env={}).sel_triton_min_L.get(gpu, "absent") == min_len:
+    known = SelConfig.load(path, env={})
+    if known.has_entry(gpu) and known.min_len_for(gpu) == min_len:
         return text
     try:
         from ruamel.yaml import YAML
@@ -182,9 +183,9 @@ def _config_text(path: Path, gpu: str, min_len: int) -> str:
     content = yaml.load(text) or CommentedMap()
     runtime = content.setdefault("runtime", CommentedMap())
     entries = runtime.get("sel_triton_min_L", 64)
-    if not isinstance(entries, Mapping):
+    if not isinstance(entries, Mapping) or REGIMES[0] in entries:
         entries = runtime["sel_triton_min_L"] = CommentedMap({"default": entries})
-    entries[gpu] = min_len
+    entries[gpu] = with_inference(entries.get(gpu), min_len)
     out = io.StringIO()
     yaml.dump(content, out)
     return out.getvalue()

@@ -110,6 +110,21 @@ const PICTURES = {
     return [...panel(us, `${name} (µs)`, "µs"), ...panel("tflops", "TFLOP/s of the selected work, device time", "TFLOP/s")];
   },
 
+  sharing(list) {
+    const cases = list.filter(row => row.union && row.rows_us && row.tiles_us);
+    const kinds = [["row kernel", "rows_us"], ["shared", "tiles_us"], [label("triton"), "device_us"]];
+    return [...groups(cases, row => `H=${row.H}, N=${row.N}, L=${row.L}`)].flatMap(([title, of]) => {
+      if (of.length < 3) return [];
+      const inOrder = [...of].sort((a, b) => a.union - b.union);
+      const series = kinds.map(([name, us], i) => ({ type: "line", name, symbol: symbol(i), symbolSize: 7,
+        itemStyle: { color: colour(i) }, data: inOrder.map(row => ({ ...point([row.union, row[us]], row),
+          said: () => [row.case, `${short(row.union)} tiles per query tile, ${name} ${short(row[us])} µs`,
+            `${Math.round(100 * (row.shared ?? 0))} % of the query tiles share`] })) }));
+      return [{ height: 320, option: chart(`${title}: device time (µs)`, series, axis("log", "KV tiles per query tile"),
+        axis("log", "")) }];
+    });
+  },
+
   changes(list) {
     const known = new Set(list.map(row => row.number));
     const series = Object.entries(GRADES).flatMap(([grade, [fill, size]]) => {

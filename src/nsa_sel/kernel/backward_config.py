@@ -1,0 +1,117 @@
+"""The launches of a backward pass, and by which rules they are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .call import Call, Gpu
+from .launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
+
+# Jobs of the keys' pass beyond one per KV tile: so many for each multiprocessor can be filled with chunks of popular
+# tiles. Each takes room for a tile's sums in fp32. A guess, not measured.
+SLOTS_PER_SM = 8
+NARROWEST = 64  # columns of a chunk: D and Dv have at most four
+LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """Name every choice of a backward pass.
+
+    row: of the rows' pass: load "whole" or "tma", no splits, neither narrow nor masked. block_t: tokens of a KV tile.
+    rows: columns of the keys' products, the queries of a batch times padded heads. num_warps, num_stages: of the keys'
+    pass. slots: chunks of popular tiles that there is room for.
+    """
+
+    row: LaunchConfig
+    block_t: int
+    rows: int
+    num_warps: int
+    num_stages: int
+    slots: int
+
+    def __str__(self) -> str:
+        return (
+            f"backward {self.row}, keys BT{self.block_t} R{self.rows} w{self.num_warps} s{self.num_stages} "
+            f"x{self.slots}"
+        )
+
+    def queries(self, H: int) -> int:
+        """Return the queries of a batch."""
+        return self.rows // next_power_of_2(H)
+
+    def problem(self, H: int) -> str | None:
+        """Say what is expected in place of a launch that would compute these heads wrongly, or not at all."""
+        if self.row.load == "gather" or self.row.splits > 1 or self.row.narrow or self.row.masked:
+            return "rows in whole tiles and whole chunks, without splits"
+        if any(n < 16 or n & (n - 1) for n in (self.block_t, self.rows)) or self.rows < next_power_of_2(H):
+            return "tiles and rows that are powers of two from 16 on, and rows for all heads"
+        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1 or self.slots < 1:
+            return "num_warps that is a power of two up to 16, a stage or more, and a slot or more"
+        return None
+
+    def key_constants(self, H: int) -> dict[str, int]:
+        """Return the compile-time arguments of `_sel_bwd_keys` that follow from the launch, by name."""
+        return {"HEADS": next_power_of_2(H), "QUERIES": self.queries(H), "BLOCK_T": self.block_t}
+
+
+def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
+    """Choose the launches of a backward pass. By registers and shared memory alone: no GPU has timed them yet."""
+    block_d, block_dv = chunk_width(call.D), chunk_width(call.Dv)
+    columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
+    mean_span = call.max_len / max(call.n_spans, 1)
+    tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
+    short = 16 if mean_span < 32 else 32 if mean_span < 64 else 64  # a tile larger than the spans is never whole
+    heads = padded_heads(call.H)
+    if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
+        row = LaunchConfig("whole", 16, block_d, block_dv, 4, 1)
+        launch = BackwardLaunch(row, min(short, 32), max(16, next_power_of_2(call.H)), 8, 1, 0)
+    else:
+        large = heads > 16 or columns > 256
+        wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES  # four warps make one, from shared memory
+        row = LaunchConfig("whole", min(short, 32 if large else 64), block_d, block_dv, 4, 2)
+        if tma:  # as in the forward: one warp per program, where its registers hold the row and its spans
+            row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large or call.n_spans > 64 else 1)
+        warps = 4 if wide_products and columns <= 256 else 8
+        launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, warps, 2, 0)
+    return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
+
+
+def fits(call: Call, gpu: Gpu) -> bool:
+    """Tell whether a backward pass of these sizes has room: fp32 of many heads and wide rows has not everywhere."""
+    return key_shared_bytes(choose(call, gpu), call) <= gpu.shared_bytes
+
+
+def _fit(launch: BackwardLaunch, call: Call, limit: int) -> BackwardLaunch:
+    """Take fewer stages, queries, tokens, then narrower chunks, until both passes fit into `limit` bytes."""
+    heads = max(16, next_power_of_2(call.H))
+    while key_shared_bytes(launch, call) > limit:
+        if launch.num_stages > 1:
+            launch = replace(launch, num_stages=launch.num_stages - 1)
+        elif launch.rows > heads:
+            launch = replace(launch, rows=launch.rows // 2)
+        elif launch.block_t > 16:
+            launch = replace(launch, block_t=launch.block_t // 2)
+        elif max(launch.row.block_d, launch.row.block_dv) > NARROWEST:
+            narrow = {name: min(getattr(launch.row, name), NARROWEST) for name in ("block_d", "block_dv")}
+            launch = replace(launch, row=replace(launch.row, **narrow))
+        else:
+            break
+    while row_shared_bytes(launch.row, call) > limit and launch.row.block_l > 16:
+        launch = replace(launch, row=replace(launch.row, block_l=launch.row.block_l // 2))
+    return launch
+
+
+def key_shared_bytes(launch: BackwardLaunch, call: Call) -> int:
+    """Estimate the shared memory of the keys' pass in bytes: K and V, q and dO in flight, one more chunk, weights."""
+    block_d, block_dv = launch.row.block_d, launch.row.block_dv
+    columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
+    tiles = (launch.block_t + launch.rows * launch.num_stages) * columns + launch.rows * max(block_d, block_dv)
+    return tiles * call.element_bytes + launch.block_t * launch.rows * 4
+
+
+def row_shared_bytes(row: LaunchConfig, call: Call) -> int:
+    """Estimate the shared memory of the rows' pass in bytes: q and dO as operands, K and V in flight."""
+    heads = padded_heads(call.H)
+    columns = padded_width(call.D, row.block_d) + padded_width(call.Dv, row.block_dv)
+    return (heads * max(row.block_d, row.block_dv) * 2 + row.block_l * columns * row.num_stages) * call.element_bytes
