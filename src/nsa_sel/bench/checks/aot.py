@@ -1,7 +1,7 @@
 """Compile the kernel without a GPU for every supported architecture, and show registers, spills and shared memory.
 
-Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, where a launch for a
-shape of the perf matrix spills registers, and where a buffer has two swizzles. Needs Triton >= 3.4.
+Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, where a launch
+for a shape of the perf matrix spills registers, and where a buffer has two swizzles. Needs Triton >= 3.4.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def build(variant: Variant) -> Build:
 def two_swizzles(ptx: str) -> bool:
     """Tell whether wgmma reads one buffer in shared memory with two swizzles, as K's tiles and as V's.
 
-    A descriptor is the buffer's address with constants, and its two highest bits are the swizzle. With two of them for one
-    address, ptxas 12.8, which Triton 3.6 and 3.7 bring along, may take the second address from registers that hold
+    A descriptor is the buffer's address with constants, and its two highest bits are the swizzle. With two of them for
+    one address, ptxas 12.8, which Triton 3.6 and 3.7 bring along, may take the second address from registers that hold
     something else: results are wrong, or the GPU reports an illegal memory access. ptxas 12.9 does not.
     Source: PTX ISA, "Matrix descriptor".
     """
