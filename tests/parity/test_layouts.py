@@ -129,6 +129,15 @@ def test_triton_sel_parity_of_padded_head_counts(H):
     check(ordinary(MIXED[:, :2], MIXED_S_KV, H=H, D=32, Dv=32, dtype=torch.float16))
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize(("D", "Dv"), ((64, 16), (128, 32), (192, 96), (32, 16), (32, 128)))
+def test_triton_sel_parity_of_many_heads_whose_keys_and_values_differ_in_chunks(D, Dv):
+    """Spans of more than a tile and no whole number of them: for more than 32 heads the products read shared memory."""
+    lengths = here((100, 64, 130, 171), (70, 64))
+    ranges = rows([(200 * i + 7, 200 * i + 7 + n) for i, n in enumerate(lengths)], [(31, 31 + lengths[0])])
+    check(Case(ranges, 800, H=here(56, 33), D=D, Dv=Dv))
+
+
 @pytest.mark.sanitizer
 def test_triton_sel_parity_without_length_hints():
     check(Case(MIXED, MIXED_S_KV, hints=False))

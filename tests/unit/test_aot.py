@@ -90,6 +90,27 @@ def test_large_tiles_pass_where_they_fit_and_spills_where_they_are_only_shown(co
     assert [build["spill_bytes"] > 0 for build in builds] == [False, False, True, True]
 
 
+NARROW_V = aot.Variant(90, "bf16", 56, 128, 32, 16, LaunchConfig("tma", 64, 128, 32, 4, 2))
+
+
+def test_no_loop_over_tails_has_two_swizzles_in_one_buffer(compile_only):
+    last_of_k = replace(NARROW_V, D=224, Dv=64, config=LaunchConfig("tma", 64, 64, 64, 8, 2, 8, 0, 8, narrow=True))
+    of_parts = replace(NARROW_V, D=64, Dv=16, config=LaunchConfig("tma", 64, 64, 16, 4, 3, 2, 0, 2))
+    code, builds = compile_only(NARROW_V, last_of_k, of_parts)
+    assert [build["problem"] for build in builds] == [None] * 3
+    assert code == 0
+
+
+@pytest.mark.parametrize("load", ("tma", "whole", "gather"))
+def test_a_loop_without_pipeline_fails_where_v_has_another_swizzle_than_k(compile_only, load):
+    one_stage = replace(NARROW_V, config=replace(NARROW_V.config, load=load, num_stages=1))
+    same_width = replace(one_stage, Dv=64, config=replace(one_stage.config, block_dv=64))
+    code, (bad, good) = compile_only(one_stage, same_width)
+    assert code == 1
+    assert bad["problem"] == "one buffer has two swizzles, of which ptxas 12.8 makes wrong code"
+    assert good["problem"] is None
+
+
 def test_every_two_traits_that_occur_together_are_compiled_together():
     _, gpu = aot_variants.ARCHITECTURES[89]
     shapes = aot_variants._all_shapes()[::31]

@@ -35,6 +35,13 @@ def reason(launch, case, gpu=H200):
         (UNTUNED, FEW, H200, None),
         (replace(UNTUNED, block_d=16), rows_case("bf16", "few", 8, 128, 128, 64, 1024), H200, "more than 4 chunks"),
         (UNTUNED, rows_case("bf16", "few", 8, 64, 128, 64, 1024), H200, "chunks at least twice"),
+        (
+            replace(UNTUNED, num_stages=1),
+            rows_case("bf16", "few", 33, 128, 128, 64, 1024),
+            H200,
+            "a loop without pipeline",
+        ),
+        (replace(UNTUNED, num_stages=1), rows_case("bf16", "few", 32, 128, 128, 64, 1024), H200, None),
         (replace(UNTUNED, load="tma"), FEW, H200, None),
         (replace(UNTUNED, load="tma"), FEW, RTX_4090, "no TMA"),
         (replace(UNTUNED, block_l=128, num_stages=3), FEW, H200, None),

@@ -73,13 +73,16 @@ class LaunchConfig:
             columns = max(16, min(self.block_dv, values // MERGE_UNROLL))
         return columns, min(max(values // columns, 1), 2 * MERGE_UNROLL if self.cluster > 1 else MERGE_UNROLL)
 
-    def _tail(self) -> tuple[int, int]:
+    def _tail(self, H: int) -> tuple[int, int]:
         """Return tokens per tile and stages of the loop over the tails: what whole tiles leave of each span."""
         if self.masked:
             return self.block_l, self.num_stages
         if self.num_warps < 4 or self.block_l > 32 * self.num_warps:  # a masked tile as large takes many registers
             return 16, 2 if self.num_warps == 1 else 1
-        return self.block_l, 1 if self.load == "tma" else 2
+        # Of more than 32 heads products read K and V in shared memory (wgmma). Without a pipeline K and V take turns in
+        # one buffer there, and where V's chunks are the narrower ones ptxas 12.8, which Triton 3.6 and 3.7 bring along,
+        # then makes wrong code: addresses out of registers that hold something else.
+        return self.block_l, 1 if self.load == "tma" and H <= 32 else 2
 
     def chunks(self, D: int, Dv: int) -> int:
         """Return into how many column chunks the wider cut of D and Dv falls; the kernel holds up to MAX_CHUNKS."""
@@ -120,7 +123,7 @@ class LaunchConfig:
     def constants(self, H: int, D: int, Dv: int, n_spans: int) -> dict[str, object]:
         """Return the kernel's compile-time arguments that follow from the launch, by name."""
         block_m, unroll = self._merge(H, Dv)
-        tail_l, tail_stages = self._tail()
+        tail_l, tail_stages = self._tail(H)
         return {
             "BLOCK_H": padded_heads(H),
             "BLOCK_D": self.block_d,

@@ -1,7 +1,7 @@
 """Compile the kernel without a GPU for every supported architecture, and show registers, spills and shared memory.
 
-Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, and where a launch
-for a shape of the perf matrix spills registers. Needs Triton >= 3.4.
+Exits 1 where the compiler fails, where a program takes more shared memory than the architecture has, where a launch
+for a shape of the perf matrix spills registers, and where a buffer has two swizzles. Needs Triton >= 3.4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from .variants import ARCHITECTURES, Variant, every_variant, sample
 
 @dataclass(frozen=True)
 class Build:
-    """What came of compiling a variant: an error, or registers per thread, spilled bytes and shared bytes."""
+    """What came of compiling a variant: an error, or registers per thread, spilled bytes and shared bytes.
+
+    two_swizzles: see the function of this name.
+    """
 
     variant: Variant
     seconds: float
@@ -39,6 +42,7 @@ class Build:
     registers: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
+    two_swizzles: bool = False
 
     @property
     def problem(self) -> str | None:
@@ -50,6 +54,8 @@ class Build:
             return f"{self.shared_bytes} bytes of shared memory, the architecture has {limit}"
         if self.spill_bytes and self.variant.in_matrix and not ARCHITECTURES[self.variant.arch][0].has_tma:
             return f"spills {self.spill_bytes} bytes at a shape of the matrix"
+        if self.two_swizzles:
+            return "one buffer has two swizzles, of which ptxas 12.8 makes wrong code"
         return None
 
 
@@ -77,7 +83,26 @@ def build(variant: Variant) -> Build:
         registers=int(registers[1]),
         spill_bytes=int(spills[1]) + int(spills[2]),
         shared_bytes=compiled.metadata.shared,
+        two_swizzles=two_swizzles(compiled.asm.get("ptx", "")),
     )
+
+
+def two_swizzles(ptx: str) -> bool:
+    """Tell whether wgmma reads one buffer in shared memory with two swizzles, as K's tiles and as V's.
+
+    A descriptor is the buffer's address with constants, and its two highest bits are the swizzle. With two of them for
+    one address, ptxas 12.8, which Triton 3.6 and 3.7 bring along, may take the second address from registers that hold
+    something else: results are wrong, or the GPU reports an illegal memory access. ptxas 12.9 does not.
+    Source: PTX ISA, "Matrix descriptor".
+    """
+    read = {
+        register for line in ptx.splitlines() if "wgmma.mma_async" in line for register in re.findall(r"%rd\d+", line)
+    }
+    swizzles: dict[str, set[int]] = {}
+    for descriptor, buffer, constant in re.findall(r"(?:or|add)\.[bs]64\s+(%rd\d+), (%rd\d+), (-?\d+);", ptx):
+        if descriptor in read:
+            swizzles.setdefault(buffer, set()).add(int(constant) >> 62)
+    return any(len(found) > 1 for found in swizzles.values())
 
 
 def _with_causes(error: BaseException) -> str:

@@ -144,6 +144,9 @@ RULES: dict[str, Rule] = {
     "a narrow last chunk where the last one is full": lambda c, case, gpu: (
         c.narrow and c.boxes(case.D, case.Dv)[2:] == (None, None)
     ),
+    "a loop without pipeline of more than 32 heads, of which ptxas 12.8 may make wrong code": lambda c, case, gpu: (
+        c.num_stages == 1 and case.H > 32 and gpu.has_tma
+    ),
     "no TMA on this GPU": lambda c, case, gpu: c.load == "tma" and not gpu.has_tma,
     "no clusters on this GPU": lambda c, case, gpu: c.cluster > 1 and not gpu.has_clusters,
     "clusters that leave idle multiprocessors no room for a second program": lambda c, case, gpu: (
