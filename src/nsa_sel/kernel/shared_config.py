@@ -128,10 +128,16 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
 
 
 def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
-    """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit."""
+    """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit.
+
+    Chunks of K and V have one swizzle, that of 64 columns and more, of 32, or of 16: in the loop without pipeline they
+    take turns in one buffer, and where V's is the narrower one ptxas 12.8 makes wrong code.
+    """
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
     block_t = 64 if call.max_len >= 64 * call.n_spans else 32
-    launch = SharedLaunch(64, block_t, chunk_width(call.D), chunk_width(call.Dv), 4, 3, 2, tma, break_even)
+    block_d, block_dv = chunk_width(call.D), chunk_width(call.Dv)
+    least = min(64, max(block_d, block_dv))
+    launch = SharedLaunch(64, block_t, max(block_d, least), max(block_dv, least), 4, 3, 2, tma, break_even)
     if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
         launch = replace(launch, rows=32, block_t=32, num_warps=8, num_stages=1)
     while launch.num_stages > 1 and shared_bytes(launch, call.D, call.Dv, call.element_bytes) > gpu.shared_bytes:
