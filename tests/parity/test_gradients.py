@@ -187,7 +187,8 @@ OF_ROW_0 = 20  # the tokens from here on are others'
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
 @pytest.mark.parametrize("which", ("q", "dout", "lse", "out"))
 def test_triton_sel_parity_of_gradients_keeps_apart_a_row_that_is_not_finite(which, bad):
-    from nsa_sel.kernel.backward_launch import BackwardPlan, Saved
+    from nsa_sel.kernel.backward_launch import BackwardPlan
+    from nsa_sel.kernel.backward_tensors import Saved
     from nsa_sel.kernel.launch import Plan
 
     case = Case(rows(*SHARING), SHARING_S_KV, **SMALL)
@@ -236,7 +237,8 @@ def test_triton_sel_parity_of_gradients_of_keys_beside_a_causal_query_that_is_no
 
     The other queries of the tile are summed in another order then, so that bits may differ, but no more than that.
     """
-    from nsa_sel.kernel.backward_launch import BackwardPlan, Saved
+    from nsa_sel.kernel.backward_launch import BackwardPlan
+    from nsa_sel.kernel.backward_tensors import Saved
     from nsa_sel.kernel.launch import Plan
 
     case = Case(rows(*[[(0, s + 1)] for s in range(24)]), 24, **SMALL)

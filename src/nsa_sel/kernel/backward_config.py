@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from . import shared_config
 from .call import Call, Gpu
 from .launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
+from .shared_config import SharedLaunch
 
 # Jobs of the keys' pass beyond one per KV tile: so many for each multiprocessor can be filled with chunks of popular
 # tiles. Each takes room for a tile's sums in fp32. On an H200 (prefill of 4,096 queries, H=16, products of 32 columns)
@@ -21,7 +23,8 @@ class BackwardLaunch:
 
     row: of the rows' pass: load "whole" or "tma", no splits, neither narrow nor masked. block_t: tokens of a KV tile.
     rows: columns of the keys' products, the queries of a batch times padded heads. num_warps, num_stages: of the keys'
-    pass. slots: chunks of popular tiles that there is room for.
+    pass. slots: chunks of popular tiles that there is room for. shared: of the rows whose query tiles share KV tiles;
+    None: none do.
     """
 
     row: LaunchConfig
@@ -30,11 +33,12 @@ class BackwardLaunch:
     num_warps: int
     num_stages: int
     slots: int
+    shared: SharedLaunch | None = None
 
     def __str__(self) -> str:
         return (
             f"backward {self.row}, keys BT{self.block_t} R{self.rows} w{self.num_warps} s{self.num_stages} "
-            f"x{self.slots}"
+            f"x{self.slots}{f', {self.shared}' if self.shared else ''}"
         )
 
     def queries(self, H: int) -> int:
@@ -84,6 +88,18 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
     return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
 
 
+def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -> SharedLaunch:
+    """Return a launch of the rows that share: the forward's tiles, with the stages and tokens that fit beside dO."""
+    launch = shared_config.default(call, gpu, break_even)
+    launch = replace(launch, num_stages=min(launch.num_stages, 2), tma=launch.tma and row.load == "tma")
+    while dq_shared_bytes(launch, call) > gpu.shared_bytes and (launch.num_stages > 1 or launch.block_t > 16):
+        if launch.num_stages > 1:
+            launch = replace(launch, num_stages=launch.num_stages - 1)
+        else:
+            launch = replace(launch, block_t=launch.block_t // 2)
+    return launch
+
+
 def fits(call: Call, gpu: Gpu) -> bool:
     """Tell whether a backward pass of these sizes has room: fp32 of many heads and wide rows has not everywhere."""
     return key_shared_bytes(choose(call, gpu), call) <= gpu.shared_bytes
@@ -115,6 +131,13 @@ def key_shared_bytes(launch: BackwardLaunch, call: Call) -> int:
     columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
     tiles = (launch.block_t + launch.rows * launch.num_stages) * columns + launch.rows * max(block_d, block_dv)
     return tiles * call.element_bytes + launch.block_t * launch.rows * 4
+
+
+def dq_shared_bytes(launch: SharedLaunch, call: Call) -> int:
+    """Estimate the shared memory of the rows that share, in bytes: q and dO, K and V in flight, weights."""
+    columns = padded_width(call.D, launch.block_d) + padded_width(call.Dv, launch.block_dv)
+    tiles = (launch.rows + launch.block_t * launch.num_stages) * columns
+    return tiles * call.element_bytes + launch.rows * launch.block_t * 4
 
 
 def row_shared_bytes(row: LaunchConfig, call: Call) -> int:

@@ -66,7 +66,7 @@ BACKWARD_SAMPLE = (
     Call(65_536, 16, 256, 256, 16, 1024, shared_kv=True),
     Call(65_536, 16, 128, 128, 32, 512, shared_kv=True),
 )
-BACKWARD_KERNELS = ("_sel_bwd_keys", "_sel_bwd_rows", "_mark")
+BACKWARD_KERNELS = ("_sel_bwd_keys", "_sel_bwd_rows", "_mark", "_sel_bwd_shared")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def backward(
     """Return a kernel of the backward pass of a call of this shape, in this dtype, on a GPU."""
     call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
     launch = backward_config.choose(call, gpu)
+    if kernel == BACKWARD_KERNELS[-1]:
+        launch = replace(launch, shared=backward_config.shared_default(call, gpu, launch.row, 2.0))
     spans = span_bucket(shape.n_spans)
     widths = shape.H, shape.D, shape.Dv
     return Variant(arch, dtype, *widths, spans, launch.row, tensors, False, kernel, backward=launch)
@@ -158,8 +160,9 @@ def sample() -> list[Variant]:
         for kernel in SHARED_KERNELS:
             variants.append(sharing(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
         variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
-        of_keys, of_rows, of_index = BACKWARD_KERNELS
+        of_keys, of_rows, of_index, of_shared = BACKWARD_KERNELS
         variants += [backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel) for kernel in (of_keys, of_rows)]
+        variants.append(backward(arch, "bf16", SHARED_SAMPLE[turn], gpu, of_shared))
         variants.append(backward(arch, "fp16", BACKWARD_SAMPLE[0], gpu, of_keys, TENSORS[turn]))
         if arch == 90:
             variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, of_index))
@@ -184,7 +187,8 @@ def every_variant() -> list[Variant]:
         for shape, tensors, kernel in itertools.product(SHARED_SAMPLE, TENSORS, SHARED_KERNELS):
             variants.append(sharing(arch, dtype, shape, large, kernel, tensors))
         for shape, tensors, kernel in itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS):
-            if backward_config.fits(replace(shape, element_bytes=ELEMENT_BYTES[dtype]), large):
+            shares = shape.n_spans <= shared_config.MAX_SHARED_SPANS or kernel != BACKWARD_KERNELS[-1]
+            if shares and backward_config.fits(replace(shape, element_bytes=ELEMENT_BYTES[dtype]), large):
                 variants.append(backward(arch, dtype, shape, large, kernel, tensors))
     return list(dict.fromkeys(variants))
 
