@@ -174,7 +174,7 @@ def test_triton_sel_parity_of_gradients_of_shared_tiles_keeps_apart_a_row_that_i
 @pytest.mark.public
 def test_triton_sel_parity_of_gradients_shares_where_the_forward_does(plans, monkeypatch):
     case = Case(prefill("local", 2 * BLOCK + 3, 2 * BLOCK + 35), 4 * BLOCK, H=here(8, 16), D=64, Dv=64)
-    q, k, v, ranges = inputs = tensors(case)
+    q, k, v, ranges = inputs = *tensors(case)[:3], case.ranges.to(DEVICE, copy=True)  # aligned, as a call that shares
     ran, rows_sharing = [], BackwardPlan.rows_sharing
     monkeypatch.setattr(BackwardPlan, "rows_sharing", lambda plan, *args: ran.append(plan) or rows_sharing(plan, *args))
     for S, shares in ((32, True), (1, False)):

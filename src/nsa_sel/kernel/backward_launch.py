@@ -1,8 +1,8 @@
 """Run the backward pass: the rows, the index of rows by KV tile, the keys, and the merge of popular tiles.
 
 Where neighbouring queries share tiles of KV the rows are three kernels: the coverage index, the query tiles that share,
-and the rows of the others. Nine kernels one after another on one stream, at most; nothing is read back, so that they can be captured. The same
-input gives the same bits.
+and the rows of the others. Nine kernels one after another on one stream, at most; nothing is read back, so that they
+can be captured. The same input gives the same bits.
 Source: docs/kernel.md, "Backward pass".
 """
 
@@ -179,9 +179,7 @@ class BackwardPlan(Plan):
         sharing.cover(saved.ranges, passed, index)
         arguments, options = self.shared_arguments(sharing, saved, passed, index, (*of_rows, dq))
         _sel_bwd_shared[(sharing.query_tiles,)](*arguments, **options)
-        arguments, options = self.row_arguments(
-            saved, passed.placed, saved.ranges, (*of_rows, dq), index.tensors[2]
-        )
+        arguments, options = self.row_arguments(saved, passed.placed, saved.ranges, (*of_rows, dq), index.tensors[2])
         _sel_bwd_rows[(self.grid[0], self.grid[1])](*arguments, **options)
         count_launches(3)
         return dq

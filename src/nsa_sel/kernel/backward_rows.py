@@ -113,7 +113,8 @@ def _sel_bwd_rows(
     g = tl.program_id(1).to(tl.int64)
     row = (b * S + s) * G + g
     if count_ptr is not None:
-        if tl.load(count_ptr + 2 * ((b * tl.cdiv(S, TQ) + s // TQ) * G + g)) >= 0:
+        n_whole = tl.load(count_ptr + 2 * ((b * tl.cdiv(S, TQ) + s // TQ) * G + g))
+        if n_whole >= 0:
             return
     offs_h = tl.arange(0, BLOCK_H)
     do_row = dout_ptr + row * (H * DV)
@@ -181,7 +182,8 @@ def _sel_bwd_rows(
             dq0, dq1, dq2, dq3 = take_tile(
                 q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, -delta, scale_log2,
                 k_desc if TMA else k_row, v_desc if TMA else v_row,
-                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, offs_l < BLOCK_L, None, None,
+                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v,
+                offs_l < BLOCK_L, None, None,
                 D, DV, BLOCK_D, BLOCK_DV, TMA,
             )  # fmt: skip
         for t in tl.range(0, tl.sum(n_tails), num_stages=TAIL_STAGES):

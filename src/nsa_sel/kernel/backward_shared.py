@@ -170,9 +170,7 @@ def _sel_bwd_shared(
             if most > 1:
                 at = desc_row + token
                 tokens = tl.minimum(token + offs_t, S_kv - 1)
-                times, more = count_tokens(
-                    row_ptr, stride_rn.to(tl.int64), live, token, n_spans, S_kv, BLOCK_T, UNROLL
-                )
+                times, more = count_tokens(row_ptr, stride_rn.to(tl.int64), live, token, n_spans, S_kv, BLOCK_T, UNROLL)
                 spoilt |= tl.max((more != 0).to(tl.int32))
                 dq0, dq1, dq2, dq3 = take_tile(
                     q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, minus_delta, scale_log2,
