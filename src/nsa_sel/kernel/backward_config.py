@@ -91,7 +91,9 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
 def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -> SharedLaunch:
     """Return a launch of the rows that share: the forward's tiles, with the stages and tokens that fit beside dO."""
     launch = shared_config.default(call, gpu, break_even)
-    launch = replace(launch, num_stages=min(launch.num_stages, 2), tma=launch.tma and row.load == "tma")
+    tma = launch.tma and row.load == "tma"
+    wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES
+    launch = replace(launch, num_warps=4 if wide_products else 8, num_stages=min(launch.num_stages, 2), tma=tma)
     while dq_shared_bytes(launch, call) > gpu.shared_bytes and (launch.num_stages > 1 or launch.block_t > 16):
         if launch.num_stages > 1:
             launch = replace(launch, num_stages=launch.num_stages - 1)
