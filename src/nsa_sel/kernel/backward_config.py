@@ -93,7 +93,8 @@ def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -
     launch = shared_config.default(call, gpu, break_even)
     tma = launch.tma and row.load == "tma"
     wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES
-    launch = replace(launch, num_warps=4 if wide_products else 8, num_stages=min(launch.num_stages, 2), tma=tma)
+    warps, rows = 4 if wide_products else 8, max(launch.rows, next_power_of_2(call.H))
+    launch = replace(launch, rows=rows, num_warps=warps, num_stages=min(launch.num_stages, 2), tma=tma)
     while dq_shared_bytes(launch, call) > gpu.shared_bytes and (launch.num_stages > 1 or launch.block_t > 16):
         if launch.num_stages > 1:
             launch = replace(launch, num_stages=launch.num_stages - 1)
