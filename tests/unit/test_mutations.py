@@ -294,10 +294,10 @@ FAULTS = [
         SHARED_GRADIENTS + "beside_rows_of_their_own",
     ),
     Fault(
-        "rows of query tiles that share are not told from the others",
+        "dq of query tiles that do not share is left out",
         "kernel/backward_rows.py",
-        "if n_whole >= 0:",
-        "if n_whole >= -1:",
+        "if n_whole < 0:",
+        "if n_whole < -1:",
         SHARED_GRADIENTS + "beside_rows_of_their_own",
     ),
     Fault(

@@ -29,6 +29,7 @@ from .launch import Plan, count_launches
 from .launch_config import MAX_SPANS, next_power_of_2
 from .shared_launch import Index, Passed, SharedPlan, eligible
 
+ROWS_EACH = 8  # of a program, at most, where query tiles may share. A guess, not measured.
 MERGE_COLUMNS = 32  # of dk or dv that a program of the merge adds
 
 
@@ -88,11 +89,10 @@ class BackwardPlan(Plan):
         self.capacity = max(B * S * G * most, 1)
         most_columns = max(D, v.shape[3])
         wide = max(S * q.stride(1) + H * q.stride(3), S * G * H * most_columns) >= 2**31
-        self.values |= {"scale": D**-0.5 if scale is None else scale, "TMA": self.tma, "WIDE_Q": wide, "TQ": 1}
+        self.values |= {"scale": D**-0.5 if scale is None else scale, "TMA": self.tma, "WIDE_Q": wide}
         self.sharing: SharedPlan | None = None
         if launch.shared is not None:
             self.sharing = SharedPlan(q, k, v, ranges, scale, min_len, max_len, launch.shared, launch.row)
-            self.values["TQ"] = self.sharing.TQ
 
     def run(self, saved: Saved, of_q: bool, of_kv: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         """Return dq if of_q, and dk and dv if of_kv, contiguous, in q's dtype.
@@ -161,6 +161,8 @@ class BackwardPlan(Plan):
         q, k, v, _, out, lse, dout, dlse = saved
         k_desc, v_desc, _, _ = self.described(k, v, placed)  # its launches have no narrow last chunks
         values = self.values | self._placed(placed) | {"n_spans": ranges.shape[3]}
+        TQ = self.sharing.TQ if self.sharing is not None and count is not None else 1
+        values |= {"TQ": TQ, "EACH": min(TQ, ROWS_EACH)}
         in_order = [values[name] for name in _sel_bwd_rows.arg_names[len(ROW_TENSORS) :]]
         return [q, k, v, ranges, out, dout, lse, dlse, *results, count, k_desc, v_desc, *in_order], self.options
 
@@ -180,7 +182,8 @@ class BackwardPlan(Plan):
         arguments, options = self.shared_arguments(sharing, saved, passed, index, (*of_rows, dq))
         _sel_bwd_shared[(sharing.query_tiles,)](*arguments, **options)
         arguments, options = self.row_arguments(saved, passed.placed, saved.ranges, (*of_rows, dq), index.tensors[2])
-        _sel_bwd_rows[(self.grid[0], self.grid[1])](*arguments, **options)
+        of_tile = sharing.TQ // min(sharing.TQ, ROWS_EACH)
+        _sel_bwd_rows[(sharing.query_tiles // self.grid[1] * of_tile, self.grid[1])](*arguments, **options)
         count_launches(3)
         return dq
 

@@ -87,11 +87,12 @@ def store_heads(
     tl.store(ptr + offs_h[:, None] * D + offs_d[None, :], (acc * factor).to(ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
-def _sel_bwd_rows(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr, count_ptr,
+@triton.jit
+def take_row(
+    b, s, g,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
     k_desc, v_desc,
-    scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    scale, scale_log2, S, G, S_kv, n_spans,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -99,23 +100,10 @@ def _sel_bwd_rows(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, TQ: tl.constexpr,
+    TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute what the keys' pass needs of row (b, s, g), and its dq if dq_ptr is given: program (b·S + s, g).
-
-    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse: fp32 [B, S, G, H]; δ = rowsum(dO ∘ O) − dLSE. stat, fp32
-    [B, S, G, H, 2]: the base-2 LSE, +inf where the LSE is -inf, so that weights there are zero, and -δ. finite, fp32
-    [B, S, G]: 0 if q, dO and δ of all heads are finite, else NaN. count: as `_cover` writes it, if query tiles of TQ
-    share; their rows are left alone. The rest as `_sel_fwd` takes it.
-    """
-    s = (S - 1 - tl.program_id(0) % S).to(tl.int64)  # causal rows grow with s: the longest start first
-    b = (tl.program_id(0) // S).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
+    """Compute one row, as `_sel_bwd_rows` says."""
     row = (b * S + s) * G + g
-    if count_ptr is not None:
-        n_whole = tl.load(count_ptr + 2 * ((b * tl.cdiv(S, TQ) + s // TQ) * G + g))
-        if n_whole >= 0:
-            return
     offs_h = tl.arange(0, BLOCK_H)
     do_row = dout_ptr + row * (H * DV)
     out_row = out_ptr + row * (H * DV)
@@ -207,3 +195,58 @@ def _sel_bwd_rows(
             store_heads(dq_row, dq2, scale, 2, H, D, BLOCK_H, BLOCK_D)
         if D > 3 * BLOCK_D:
             store_heads(dq_row, dq3, scale, 3, H, D, BLOCK_H, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+def _sel_bwd_rows(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr, count_ptr,
+    k_desc, v_desc,
+    scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    stride_qb, stride_qs, stride_qg, stride_qh,
+    stride_kb, stride_kg, stride_kt,
+    stride_vb, stride_vg, stride_vt,
+    stride_rb, stride_rs, stride_rg, stride_rn,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, TQ: tl.constexpr,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """Compute what the keys' pass needs of each row (b, s, g), and its dq if dq_ptr is given.
+
+    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse: fp32 [B, S, G, H]; δ = rowsum(dO ∘ O) − dLSE. stat, fp32
+    [B, S, G, H, 2]: the base-2 LSE, +inf where the LSE is -inf, so that weights there are zero, and -δ. finite, fp32
+    [B, S, G]: 0 if q, dO and δ of all heads are finite, else NaN. The rest as `_sel_fwd` takes it.
+    Program (b·S + s, g); or, with count_ptr as `_cover` writes it, one for every EACH rows of the query tiles of TQ,
+    which leaves alone those that share. So few, since programs cost time even where they have nothing to do.
+    """
+    programs = tl.cdiv(S, TQ) * (TQ // EACH)  # of a sequence
+    first = (programs - 1 - tl.program_id(0) % programs) * EACH  # causal rows grow with s: the longest start first
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
+    if count_ptr is None:
+        take_row(
+            b, first.to(tl.int64), g,
+            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
+            k_desc, v_desc, scale, scale_log2, S, G, S_kv, n_spans,
+            stride_qb, stride_qs, stride_qg, stride_qh,
+            stride_kb, stride_kg, stride_kt,
+            stride_vb, stride_vg, stride_vt,
+            stride_rb, stride_rs, stride_rg, stride_rn,
+            H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N, TMA, COLUMNS, TAIL_L, TAIL_STAGES,
+        )  # fmt: skip
+    else:
+        n_whole = tl.load(count_ptr + 2 * ((b * tl.cdiv(S, TQ) + first // TQ) * G + g))
+        if n_whole < 0:
+            for i in range(0, tl.minimum(EACH, S - first)):
+                take_row(
+                    b, (first + i).to(tl.int64), g,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
+                    k_desc, v_desc, scale, scale_log2, S, G, S_kv, n_spans,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    TMA, COLUMNS, TAIL_L, TAIL_STAGES,
+                )  # fmt: skip
