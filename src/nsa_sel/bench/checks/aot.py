@@ -171,7 +171,10 @@ def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequ
     if variant.kernel == "_sel_bwd_rows" or plan.sharing is None:
         return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
     passed = plan.sharing.passed(placed)
-    arguments = plan.shared_arguments(plan.sharing, saved, passed, plan.sharing.index(passed), (lse, lse, dk))
+    coverage = plan.sharing.index(passed)
+    if variant.kernel == "_sel_bwd_rest":
+        return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk), coverage.tensors[2])
+    arguments = plan.shared_arguments(plan.sharing, saved, passed, coverage, (lse, lse, dk))
     return _sel_bwd_shared, *arguments
 
 
