@@ -55,7 +55,8 @@ def _(q, k, v, ranges, scale, min_len, max_len, backend):  # type: ignore[no-unt
 @torch.library.custom_op(f"{NAMESPACE}::triton_attention_backward", mutates_args=(), schema=BACKWARD)
 def gradients(dout, dlse, q, k, v, ranges, out, lse, scale, max_len, of_q, of_kv):  # type: ignore[no-untyped-def]
     """Return dq, dk and dv; those that are not asked for are empty."""
-    from .kernel.backward_launch import BackwardPlan, Saved
+    from .kernel.backward_launch import BackwardPlan
+    from .kernel.backward_tensors import Saved
 
     plan = _plan(BackwardPlan, (q, k, v, ranges), scale, None, max_len)
     dlse = None if dlse is None else dlse.contiguous()

@@ -91,7 +91,8 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, up: Upstream, case: Case, launch: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward and the backward kernels; launch: a BackwardLaunch to force."""
-    from nsa_sel.kernel.backward_launch import BackwardPlan, Saved
+    from nsa_sel.kernel.backward_launch import BackwardPlan
+    from nsa_sel.kernel.backward_tensors import Saved
     from nsa_sel.kernel.launch import Plan
 
     of_call = hints(case, ranges)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 LAYOUTS = "tests/parity/test_layouts.py::test_triton_sel_parity_"
 ONE_RUN = LAYOUTS + "without_length_hints"
 GRADIENTS = "tests/parity/test_gradients.py::test_triton_sel_parity_of_gradients_"
+SHARED_GRADIENTS = "tests/parity/test_shared_gradients.py::test_triton_sel_parity_of_gradients_of_shared_tiles_"
 SHARED = "tests/parity/test_shared.py::test_triton_sel_parity_of_shared_tiles_"
 
 
@@ -277,6 +278,27 @@ FAULTS = [
         "& (here[:, None] < until[None, :])",
         "& (here[:, None] <= until[None, :])",
         GRADIENTS + "of_any_width[3-48-16-dtype1]",
+    ),
+    Fault(
+        "NaN in K of a key that only some queries select reaches the others' dq",
+        "kernel/backward_shared.py",
+        "spoilt |= has_nan(dq0)",
+        "spoilt |= 0",
+        SHARED_GRADIENTS + "keeps_apart_what_only_some_queries_select[k-float('nan')]",
+    ),
+    Fault(
+        "dq of a query that does not select a whole tile takes it",
+        "kernel/backward_shared.py",
+        "tl.where(((who >> query) & 1) != 0, lse2,",
+        "tl.where(who != 0, lse2,",
+        SHARED_GRADIENTS + "beside_rows_of_their_own",
+    ),
+    Fault(
+        "dq of query tiles that do not share is left out",
+        "kernel/backward_rows.py",
+        "if n_whole < 0:",
+        "if n_whole < -1:",
+        SHARED_GRADIENTS + "beside_rows_of_their_own",
     ),
     Fault(
         "the gradient of the LSE is left out",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from . import shared_config
 from .call import Call, Gpu
 from .launch_config import SMALLEST_SHARED_BYTES, LaunchConfig, chunk_width, next_power_of_2, padded_heads, padded_width
+from .shared_config import SharedLaunch
 
 # Jobs of the keys' pass beyond one per KV tile: so many for each multiprocessor can be filled with chunks of popular
-# tiles. Each takes room for a tile's sums in fp32. A guess, not measured.
-SLOTS_PER_SM = 8
+# tiles. Each takes room for a tile's sums in fp32. On an H200 (prefill of 4,096 queries, H=16, products of 32 columns)
+# 16 take 601 us and 8 take 629 us of the keys' pass, and 25 us more of the merge.
+SLOTS_PER_SM = 16
 NARROWEST = 64  # columns of a chunk: D and Dv have at most four
 LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
 
@@ -20,7 +23,8 @@ class BackwardLaunch:
 
     row: of the rows' pass: load "whole" or "tma", no splits, neither narrow nor masked. block_t: tokens of a KV tile.
     rows: columns of the keys' products, the queries of a batch times padded heads. num_warps, num_stages: of the keys'
-    pass. slots: chunks of popular tiles that there is room for.
+    pass. slots: chunks of popular tiles that there is room for. shared: of the rows whose query tiles share KV tiles;
+    None: none do.
     """
 
     row: LaunchConfig
@@ -29,11 +33,12 @@ class BackwardLaunch:
     num_warps: int
     num_stages: int
     slots: int
+    shared: SharedLaunch | None = None
 
     def __str__(self) -> str:
         return (
             f"backward {self.row}, keys BT{self.block_t} R{self.rows} w{self.num_warps} s{self.num_stages} "
-            f"x{self.slots}"
+            f"x{self.slots}{f', {self.shared}' if self.shared else ''}"
         )
 
     def queries(self, H: int) -> int:
@@ -56,7 +61,11 @@ class BackwardLaunch:
 
 
 def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
-    """Choose the launches of a backward pass. By registers and shared memory alone: no GPU has timed them yet."""
+    """Choose the launches of a backward pass.
+
+    Where `wgmma` is used they are the fastest of a sweep on an H200 (bf16, D = Dv = 128, H of 4 and 16, 16 blocks of
+    64), elsewhere chosen by registers and shared memory alone.
+    """
     block_d, block_dv = chunk_width(call.D), chunk_width(call.Dv)
     columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
     mean_span = call.max_len / max(call.n_spans, 1)
@@ -71,10 +80,27 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
         wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES  # four warps make one, from shared memory
         row = LaunchConfig("whole", min(short, 32 if large else 64), block_d, block_dv, 4, 2)
         if tma:  # as in the forward: one warp per program, where its registers hold the row and its spans
-            row = replace(row, load="tma", block_l=min(short, 32), num_warps=4 if large or call.n_spans > 64 else 1)
-        warps = 4 if wide_products and columns <= 256 else 8
-        launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), 64, warps, 2, 0)
+            many = large or call.n_spans > 64
+            row = replace(row, load="tma", block_l=min(short, 32 if many else 64), num_warps=4 if many else 1)
+        warps, rows, stages = (4, 32, 4) if wide_products and columns <= 256 else (8, 64, 2)
+        rows = max(rows, next_power_of_2(call.H))
+        launch = BackwardLaunch(row, min(short, 32 if columns > 384 else 64), rows, warps, stages, 0)
     return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
+
+
+def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -> SharedLaunch:
+    """Return a launch of the rows that share: the forward's tiles, with the stages and tokens that fit beside dO."""
+    launch = shared_config.default(call, gpu, break_even)
+    tma = launch.tma and row.load == "tma"
+    wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES
+    warps, rows = 4 if wide_products else 8, max(launch.rows, next_power_of_2(call.H))
+    launch = replace(launch, rows=rows, num_warps=warps, num_stages=min(launch.num_stages, 2), tma=tma)
+    while dq_shared_bytes(launch, call) > gpu.shared_bytes and (launch.num_stages > 1 or launch.block_t > 16):
+        if launch.num_stages > 1:
+            launch = replace(launch, num_stages=launch.num_stages - 1)
+        else:
+            launch = replace(launch, block_t=launch.block_t // 2)
+    return launch
 
 
 def fits(call: Call, gpu: Gpu) -> bool:
@@ -108,6 +134,13 @@ def key_shared_bytes(launch: BackwardLaunch, call: Call) -> int:
     columns = padded_width(call.D, block_d) + padded_width(call.Dv, block_dv)
     tiles = (launch.block_t + launch.rows * launch.num_stages) * columns + launch.rows * max(block_d, block_dv)
     return tiles * call.element_bytes + launch.block_t * launch.rows * 4
+
+
+def dq_shared_bytes(launch: SharedLaunch, call: Call) -> int:
+    """Estimate the shared memory of the rows that share, in bytes: q and dO, K and V in flight, weights."""
+    columns = padded_width(call.D, launch.block_d) + padded_width(call.Dv, launch.block_dv)
+    tiles = (launch.rows + launch.block_t * launch.num_stages) * columns
+    return tiles * call.element_bytes + launch.rows * launch.block_t * 4
 
 
 def row_shared_bytes(row: LaunchConfig, call: Call) -> int:

@@ -1,66 +1,36 @@
 """Run the backward pass: the rows, the index of rows by KV tile, the keys, and the merge of popular tiles.
 
-Seven kernels one after another on one stream, at most; nothing is read back, so that they can be captured. The same
-input gives the same bits.
+Where neighbouring queries share tiles of KV the rows are three kernels: the coverage index, the query tiles that share,
+and the rows of the others. Nine kernels one after another on one stream, at most; nothing is read back, so that they
+can be captured. The same input gives the same bits.
 Source: docs/kernel.md, "Backward pass".
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import kernel_failed
-from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits
+from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits, shared_default
 from .backward_index import KINDS, MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, MOST_SPANS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
+from .backward_shared import SHARED_TENSORS, _sel_bwd_shared
+from .backward_tensors import OfRows, RowIndex, Saved
 from .call import Call
 from .device import INTERPRETED, bind_context, call_of, gpu_of
 from .forward import TENSOR_ARGS, _sel_fwd
-from .kv import Placed, lie_of
+from .kv import MAX_TMA_ROWS, Placed, lie_of
 from .launch import Plan, count_launches
 from .launch_config import MAX_SPANS, next_power_of_2
+from .shared_launch import Index, Passed, SharedPlan, eligible
 
+ROWS_EACH = 8  # of a program, at most, where query tiles may share. A guess, not measured.
 MERGE_COLUMNS = 32  # of dk or dv that a program of the merge adds
-
-
-class Saved(NamedTuple):
-    """Hold what the backward pass takes: the inputs, the forward's results, and their gradients.
-
-    out, dout: contiguous [B, S, G, H, Dv]; lse, dlse: contiguous fp32 [B, S, G, H]; dlse may be None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    ranges: Tensor
-    out: Tensor
-    lse: Tensor
-    dout: Tensor
-    dlse: Tensor | None
-
-
-class OfRows(NamedTuple):
-    """Hold what the rows' pass leaves for the keys' pass: `_sel_bwd_rows` says what."""
-
-    stat: Tensor
-    finite: Tensor
-
-
-class RowIndex(NamedTuple):
-    """Hold the rows by KV tile, as backward_index.py writes them; marks is room for `_mark`'s bits."""
-
-    marks: Tensor
-    counts: Tensor
-    first: Tensor
-    chunks: Tensor
-    slot: Tensor
-    n_slots: Tensor
-    rows: Tensor
-    jobs: Tensor
 
 
 def unsupported_backward(q: Tensor, v: Tensor) -> str | None:
@@ -70,6 +40,18 @@ def unsupported_backward(q: Tensor, v: Tensor) -> str | None:
         return None
     sizes = f"H={H}, D={D}, Dv={Dv} in {q.dtype}"
     return f"gradients needed, and the backward pass of {sizes} needs more shared memory than the GPU has"
+
+
+def launch_for(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, scale: float | None, min_len: int | None, max_len: int | None
+) -> BackwardLaunch:
+    """Return the launch of a call: its queries may share tiles where those of the forward may."""
+    call, gpu = call_of(q, k, v, ranges, max_len=max_len), gpu_of(q.device)
+    launch = choose(call, gpu)
+    forward = eligible(q, k, v, ranges, scale, min_len, max_len)
+    if forward is None:
+        return launch
+    return replace(launch, shared=replace(shared_default(call, gpu, launch.row, 0.0), break_even=forward.break_even))
 
 
 class BackwardPlan(Plan):
@@ -92,7 +74,9 @@ class BackwardPlan(Plan):
         launch: BackwardLaunch | None = None,
     ) -> None:
         H, D = q.shape[3:]
-        self.backward = launch or choose(call_of(q, k, v, ranges, max_len=max_len), gpu_of(q.device))
+        if launch is None:
+            launch = launch_for(q, k, v, ranges, scale, min_len, max_len)
+        self.backward = launch
         if problem := self.backward.problem(H):
             raise ValueError(f"launch: value is {self.backward}, expected {problem}")
         super().__init__(q, k, v, ranges[:, :, :, :MAX_SPANS], scale, min_len, max_len, self.backward.row)
@@ -106,6 +90,9 @@ class BackwardPlan(Plan):
         most_columns = max(D, v.shape[3])
         wide = max(S * q.stride(1) + H * q.stride(3), S * G * H * most_columns) >= 2**31
         self.values |= {"scale": D**-0.5 if scale is None else scale, "TMA": self.tma, "WIDE_Q": wide}
+        self.sharing: SharedPlan | None = None
+        if launch.shared is not None:
+            self.sharing = SharedPlan(q, k, v, ranges, scale, min_len, max_len, launch.shared, launch.row)
 
     def run(self, saved: Saved, of_q: bool, of_kv: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         """Return dq if of_q, and dk and dv if of_kv, contiguous, in q's dtype.
@@ -149,6 +136,8 @@ class BackwardPlan(Plan):
 
     def rows(self, saved: Saved, placed: Placed, of_rows: OfRows, of_q: bool) -> Tensor | None:
         """Compute what the keys' pass needs of every row, and dq. Of rows of more spans than fit, part after part."""
+        if of_q and self.sharing is not None and (passed := self._shareable(self.sharing, saved, placed)) is not None:
+            return self.rows_sharing(self.sharing, saved, passed, of_rows)
         parts = saved.ranges.split(MAX_SPANS, dim=3) if of_q else [saved.ranges[:, :, :, :1]]
         dtype = saved.q.dtype if len(parts) == 1 else torch.float32
         total: Tensor | None = None
@@ -161,14 +150,59 @@ class BackwardPlan(Plan):
         return total if total is None else total.to(saved.q.dtype)
 
     def row_arguments(
-        self, saved: Saved, placed: Placed, ranges: Tensor, results: tuple[Tensor, Tensor, Tensor | None]
+        self,
+        saved: Saved,
+        placed: Placed,
+        ranges: Tensor,
+        results: tuple[Tensor, Tensor, Tensor | None],
+        count: Tensor | None = None,
     ) -> tuple[list[Any], dict[str, int]]:
-        """Return the arguments of `_sel_bwd_rows` in order, and its options."""
+        """Return the arguments of `_sel_bwd_rows` in order, and its options; count: of query tiles that may share."""
         q, k, v, _, out, lse, dout, dlse = saved
         k_desc, v_desc, _, _ = self.described(k, v, placed)  # its launches have no narrow last chunks
         values = self.values | self._placed(placed) | {"n_spans": ranges.shape[3]}
+        TQ = self.sharing.TQ if self.sharing is not None and count is not None else 1
+        values |= {"TQ": TQ, "EACH": min(TQ, ROWS_EACH)}
         in_order = [values[name] for name in _sel_bwd_rows.arg_names[len(ROW_TENSORS) :]]
-        return [q, k, v, ranges, out, dout, lse, dlse, *results, k_desc, v_desc, *in_order], self.options
+        return [q, k, v, ranges, out, dout, lse, dlse, *results, count, k_desc, v_desc, *in_order], self.options
+
+    @staticmethod
+    def _shareable(sharing: SharedPlan, saved: Saved, placed: Placed) -> Passed | None:
+        """Return what the kernels of query tiles are passed; None where they cannot run these tensors."""
+        if saved.k.shape[2] > MAX_TMA_ROWS or saved.ranges.data_ptr() & 15:
+            return None
+        passed = sharing.passed(placed)
+        return passed if passed.capacity else None
+
+    def rows_sharing(self, sharing: SharedPlan, saved: Saved, passed: Passed, of_rows: OfRows) -> Tensor:
+        """Do what `rows` does, with dq: the query tiles that share, and then the rows of the others."""
+        dq = torch.empty(saved.q.shape, dtype=saved.q.dtype, device=self.device)
+        index = sharing.index(passed)
+        sharing.cover(saved.ranges, passed, index)
+        arguments, options = self.shared_arguments(sharing, saved, passed, index, (*of_rows, dq))
+        _sel_bwd_shared[(sharing.query_tiles,)](*arguments, **options)
+        arguments, options = self.row_arguments(saved, passed.placed, saved.ranges, (*of_rows, dq), index.tensors[2])
+        of_tile = sharing.TQ // min(sharing.TQ, ROWS_EACH)
+        _sel_bwd_rows[(sharing.query_tiles // self.grid[1] * of_tile, self.grid[1])](*arguments, **options)
+        count_launches(3)
+        return dq
+
+    def shared_arguments(
+        self,
+        sharing: SharedPlan,
+        saved: Saved,
+        passed: Passed,
+        index: Index,
+        results: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[list[Any], dict[str, int]]:
+        """Return the arguments of `_sel_bwd_shared` in order, and its options."""
+        q, k, v, ranges, out, lse, dout, dlse = saved
+        values = self.values | self._placed(passed.placed) | {"capacity": passed.capacity}
+        values |= sharing.shared.constants(self.out_shape[3], ranges.shape[3])
+        in_order = [values[name] for name in _sel_bwd_shared.arg_names[len(SHARED_TENSORS) :]]
+        described = sharing.start_shared.public((q, k, v), passed.placed)
+        tensors = (q, k, v, ranges, out, dout, lse, dlse, *results, *index.tensors, *described)
+        return [*tensors, *in_order], sharing.shared.options
 
     def index(self) -> RowIndex:
         """Return room for the index."""

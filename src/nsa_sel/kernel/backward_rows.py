@@ -13,7 +13,7 @@ from .forward import SIZE_ARGS, STRIDE_ARGS
 from .tiles import dot, load_heads, load_q, load_spans, load_tile, scores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROW_POINTERS = ("q", "k", "v", "ranges", "out", "dout", "lse", "dlse", "stat", "finite", "dq")
+ROW_POINTERS = ("q", "k", "v", "ranges", "out", "dout", "lse", "dlse", "stat", "finite", "dq", "count")
 ROW_TENSORS = [*(f"{name}_ptr" for name in ROW_POINTERS), "k_desc", "v_desc"]
 
 
@@ -33,14 +33,14 @@ def times_zero(x):
 
 @triton.jit
 def take_tile(
-    q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, delta, scale_log2,
-    k, v, at_k, at_v, col_k, col_v, mask_l,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr,
+    q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, minus_delta, scale_log2,
+    k, v, at_k, at_v, col_k, col_v, mask_l, selects, times,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of tokens gives to dq / scale; if MASKED, only those in mask_l. Arguments as `attend`'s.
+    """Add what one tile of tokens gives to dq / scale. Arguments as `attend`'s.
 
-    Outside mask_l K must be a token of this row: a weight of zero times NaN is NaN.
+    selects: which tokens each row of q takes; None: all. times: how often; None: once. What K holds where a row does
+    not select it must be finite: a weight of zero times NaN is NaN.
     """
     # V comes first: K is read for both of its products without a wait in between, so that neither is held in registers.
     dp = scores(do0, do1, do2, do3, v, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
@@ -60,9 +60,11 @@ def take_tile(
         k3 = load_tile(k, k, at_k, col_k, mask_l, 3, D, BLOCK_D, BLOCK_D, TMA, False, False)
         s = dot(q3, tl.trans(k3), s)
     p = tl.exp2(s * scale_log2 - lse2[:, None])
-    ds = p * (dp - delta[:, None])
-    if MASKED:
-        ds = tl.where(mask_l[None, :], ds, 0.0)
+    ds = p * (dp + minus_delta[:, None])
+    if times is not None:
+        ds *= times.to(tl.float32)
+    if selects is not None:
+        ds = tl.where(selects, ds, 0.0)
     ds = ds.to(k0.dtype)
     dq0 = dot(ds, k0, dq0)
     if D > BLOCK_D:
@@ -85,10 +87,12 @@ def store_heads(
     tl.store(ptr + offs_h[:, None] * D + offs_d[None, :], (acc * factor).to(ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
-def _sel_bwd_rows(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr, k_desc, v_desc,
-    scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+@triton.jit
+def take_row(
+    b, s, g,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
+    k_desc, v_desc,
+    scale, scale_log2, S, G, S_kv, n_spans,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt,
@@ -98,15 +102,7 @@ def _sel_bwd_rows(
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute what the keys' pass needs of row (b, s, g), and its dq if dq_ptr is given: program (b·S + s, g).
-
-    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse: fp32 [B, S, G, H]; δ = rowsum(dO ∘ O) − dLSE. stat, fp32
-    [B, S, G, H, 2]: the base-2 LSE, +inf where the LSE is -inf, so that weights there are zero, and -δ. finite, fp32
-    [B, S, G]: 0 if q, dO and δ of all heads are finite, else NaN. The rest as `_sel_fwd` takes it.
-    """
-    s = (S - 1 - tl.program_id(0) % S).to(tl.int64)  # causal rows grow with s: the longest start first
-    b = (tl.program_id(0) // S).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
+    """Compute one row, as `_sel_bwd_rows` says."""
     row = (b * S + s) * G + g
     offs_h = tl.arange(0, BLOCK_H)
     do_row = dout_ptr + row * (H * DV)
@@ -172,10 +168,11 @@ def _sel_bwd_rows(
             tokens = token + offs_l
             at = (desc_row + token).to(tl.int32)
             dq0, dq1, dq2, dq3 = take_tile(
-                q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, delta, scale_log2,
+                q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, -delta, scale_log2,
                 k_desc if TMA else k_row, v_desc if TMA else v_row,
-                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, offs_l < BLOCK_L,
-                D, DV, BLOCK_D, BLOCK_DV, TMA, False,
+                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v,
+                offs_l < BLOCK_L, None, None,
+                D, DV, BLOCK_D, BLOCK_DV, TMA,
             )  # fmt: skip
         for t in tl.range(0, tl.sum(n_tails), num_stages=TAIL_STAGES):
             here = (first_tail <= t) & (t < tails_end)
@@ -185,9 +182,9 @@ def _sel_bwd_rows(
             mask_l = tokens < tail_end
             tokens = tl.minimum(tokens, tail_end - 1)
             dq0, dq1, dq2, dq3 = take_tile(
-                q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, delta, scale_log2,
-                k_row, v_row, tokens * step_k, tokens * step_v, None, None, mask_l,
-                D, DV, BLOCK_D, BLOCK_DV, False, True,
+                q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, -delta, scale_log2,
+                k_row, v_row, tokens * step_k, tokens * step_v, None, None, mask_l, mask_l[None, :], None,
+                D, DV, BLOCK_D, BLOCK_DV, False,
             )  # fmt: skip
 
         dq_row = dq_ptr + row * (H * D)
@@ -198,3 +195,58 @@ def _sel_bwd_rows(
             store_heads(dq_row, dq2, scale, 2, H, D, BLOCK_H, BLOCK_D)
         if D > 3 * BLOCK_D:
             store_heads(dq_row, dq3, scale, 3, H, D, BLOCK_H, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
+def _sel_bwd_rows(
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr, count_ptr,
+    k_desc, v_desc,
+    scale: tl.float32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
+    stride_qb, stride_qs, stride_qg, stride_qh,
+    stride_kb, stride_kg, stride_kt,
+    stride_vb, stride_vg, stride_vt,
+    stride_rb, stride_rs, stride_rg, stride_rn,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, TQ: tl.constexpr,
+    EACH: tl.constexpr,
+):  # fmt: skip
+    """Compute what the keys' pass needs of each row (b, s, g), and its dq if dq_ptr is given.
+
+    out, dout, dq: contiguous [B, S, G, H, ·]; lse, dlse: fp32 [B, S, G, H]; δ = rowsum(dO ∘ O) − dLSE. stat, fp32
+    [B, S, G, H, 2]: the base-2 LSE, +inf where the LSE is -inf, so that weights there are zero, and -δ. finite, fp32
+    [B, S, G]: 0 if q, dO and δ of all heads are finite, else NaN. The rest as `_sel_fwd` takes it.
+    Program (b·S + s, g); or, with count_ptr as `_cover` writes it, one for every EACH rows of the query tiles of TQ,
+    which leaves alone those that share. So few, since programs cost time even where they have nothing to do.
+    """
+    programs = tl.cdiv(S, TQ) * (TQ // EACH)  # of a sequence
+    first = (programs - 1 - tl.program_id(0) % programs) * EACH  # causal rows grow with s: the longest start first
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
+    if count_ptr is None:
+        take_row(
+            b, first.to(tl.int64), g,
+            q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
+            k_desc, v_desc, scale, scale_log2, S, G, S_kv, n_spans,
+            stride_qb, stride_qs, stride_qg, stride_qh,
+            stride_kb, stride_kg, stride_kt,
+            stride_vb, stride_vg, stride_vt,
+            stride_rb, stride_rs, stride_rg, stride_rn,
+            H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N, TMA, COLUMNS, TAIL_L, TAIL_STAGES,
+        )  # fmt: skip
+    else:
+        n_whole = tl.load(count_ptr + 2 * ((b * tl.cdiv(S, TQ) + first // TQ) * G + g))
+        if n_whole < 0:
+            for i in range(0, tl.minimum(EACH, S - first)):
+                take_row(
+                    b, (first + i).to(tl.int64), g,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stat_ptr, finite_ptr, dq_ptr,
+                    k_desc, v_desc, scale, scale_log2, S, G, S_kv, n_spans,
+                    stride_qb, stride_qs, stride_qg, stride_qh,
+                    stride_kb, stride_kg, stride_kt,
+                    stride_vb, stride_vg, stride_vt,
+                    stride_rb, stride_rs, stride_rg, stride_rn,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    TMA, COLUMNS, TAIL_L, TAIL_STAGES,
+                )  # fmt: skip

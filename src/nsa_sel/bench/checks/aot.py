@@ -175,8 +175,10 @@ def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequ
     """Return a kernel of the backward pass, its arguments and options, as `_called` does."""
     from ...kernel.backward_index import _mark
     from ...kernel.backward_keys import _sel_bwd_keys
-    from ...kernel.backward_launch import BackwardPlan, Saved
+    from ...kernel.backward_launch import BackwardPlan
     from ...kernel.backward_rows import _sel_bwd_rows
+    from ...kernel.backward_shared import _sel_bwd_shared
+    from ...kernel.backward_tensors import Saved
 
     q, k, v, ranges = tensors
     out, (dk, dv), (lse, part) = (
@@ -191,7 +193,14 @@ def backward_called(variant: Variant, *tensors: torch.Tensor) -> tuple[Any, Sequ
         return _mark, *plan.mark_arguments(ranges, lse, k.shape[2], index.marks)
     if variant.kernel == "_sel_bwd_keys":
         return _sel_bwd_keys, *plan.key_arguments(saved, placed, lse, index, (dk, dv, part))
-    return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
+    if variant.kernel == "_sel_bwd_rows" or plan.sharing is None:
+        return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk))
+    passed = plan.sharing.passed(placed)
+    coverage = plan.sharing.index(passed)
+    if variant.kernel == "_sel_bwd_rest":
+        return _sel_bwd_rows, *plan.row_arguments(saved, placed, ranges, (lse, lse, dk), coverage.tensors[2])
+    arguments = plan.shared_arguments(plan.sharing, saved, passed, coverage, (lse, lse, dk))
+    return _sel_bwd_shared, *arguments
 
 
 def build_all(variants: Iterable[Variant], jobs: int) -> Iterator[Build]:

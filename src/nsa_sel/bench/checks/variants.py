@@ -67,6 +67,8 @@ BACKWARD_SAMPLE = (
     Call(65_536, 16, 128, 128, 32, 512, shared_kv=True),
 )
 BACKWARD_KERNELS = ("_sel_bwd_keys", "_sel_bwd_rows", "_mark")
+# Where queries share tiles; the second is `_sel_bwd_rows` for those that do not.
+BACKWARD_SHARED_KERNELS = ("_sel_bwd_shared", "_sel_bwd_rest")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Variant:
     """One kernel to compile. tensors: one of TENSORS. in_matrix: chosen for a case of the perf matrix.
 
     kernel, shared: which of SHARED_KERNELS, and its launch; `config` is then that of the rows. backward: the launch of
-    one of BACKWARD_KERNELS.
+    one of BACKWARD_KERNELS or BACKWARD_SHARED_KERNELS.
     """
 
     arch: int
@@ -125,6 +127,8 @@ def backward(
     """Return a kernel of the backward pass of a call of this shape, in this dtype, on a GPU."""
     call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
     launch = backward_config.choose(call, gpu)
+    if kernel in BACKWARD_SHARED_KERNELS:
+        launch = replace(launch, shared=backward_config.shared_default(call, gpu, launch.row, 2.0))
     spans = span_bucket(shape.n_spans)
     widths = shape.H, shape.D, shape.Dv
     return Variant(arch, dtype, *widths, spans, launch.row, tensors, False, kernel, backward=launch)
@@ -160,6 +164,8 @@ def sample() -> list[Variant]:
         variants.append(sharing(arch, "bf16", SHARED_SAMPLE[0], gpu))
         of_keys, of_rows, of_index = BACKWARD_KERNELS
         variants += [backward(arch, "bf16", BACKWARD_SAMPLE[turn], gpu, kernel) for kernel in (of_keys, of_rows)]
+        for kernel in BACKWARD_SHARED_KERNELS:
+            variants.append(backward(arch, "bf16", SHARED_SAMPLE[turn], gpu, kernel))
         variants.append(backward(arch, "fp16", BACKWARD_SAMPLE[0], gpu, of_keys, TENSORS[turn]))
         if arch == 90:
             variants.append(backward(arch, "bf16", BACKWARD_SAMPLE[0], gpu, of_index))
@@ -183,7 +189,9 @@ def every_variant() -> list[Variant]:
             variants.append(chosen(arch, dtype, shape, large, tensors))
         for shape, tensors, kernel in itertools.product(SHARED_SAMPLE, TENSORS, SHARED_KERNELS):
             variants.append(sharing(arch, dtype, shape, large, kernel, tensors))
-        for shape, tensors, kernel in itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS):
+        of_rows = itertools.product(BACKWARD_SAMPLE, TENSORS, BACKWARD_KERNELS)
+        of_tiles = itertools.product(SHARED_SAMPLE, TENSORS, BACKWARD_SHARED_KERNELS)
+        for shape, tensors, kernel in itertools.chain(of_rows, of_tiles):
             if backward_config.fits(replace(shape, element_bytes=ELEMENT_BYTES[dtype]), large):
                 variants.append(backward(arch, dtype, shape, large, kernel, tensors))
     return list(dict.fromkeys(variants))
