@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nsa_sel
-from nsa_sel import dispatch, reference, training
+from nsa_sel import dispatch, reference
 from nsa_sel.bench.methods import contender, sharing
 from nsa_sel.bench.suite import cases as suite
 from nsa_sel.kernel import launch, shared_config, shared_launch
@@ -23,7 +23,6 @@ from nsa_sel.kernel.launch_config import LaunchConfig, chunk_width
 from nsa_sel.kernel.shared_config import SharedLaunch
 from nsa_sel.kernel.shared_launch import Index, SharedPlan
 
-from . import gradient_case
 from .parity_case import (
     DEVICE,
     DTYPES,
@@ -57,12 +56,9 @@ def shared(case: Case, **change) -> SharedLaunch:
     return replace(ALWAYS, block_d=chunk_width(case.D), block_dv=chunk_width(case.Dv), **change)
 
 
-def planned(
-    case: Case, launch: SharedLaunch, max_len: int | None = None, row: LaunchConfig | None = None
-) -> tuple[SharedPlan, tuple[Tensor, ...]]:
+def planned(case: Case, launch: SharedLaunch, max_len: int | None = None) -> tuple[SharedPlan, tuple[Tensor, ...]]:
     q, k, v, ranges = inputs = tensors(case)
-    if launch.tma and row is None:
-        row = LaunchConfig("tma", BLOCK, launch.block_d, launch.block_dv, 4, 2)
+    row = LaunchConfig("tma", BLOCK, launch.block_d, launch.block_dv, 4, 2) if launch.tma else None
     return SharedPlan(q, k, v, ranges, case.scale, None, max_len, launch, row), inputs
 
 
@@ -208,32 +204,6 @@ def test_triton_sel_parity_of_shared_tiles_beside_rows_of_their_own(break_even):
     check_shared(case, shared(case, break_even=break_even, rest_rows=3))
 
 
-NARROW = LaunchConfig("gather", BLOCK, 64, 64, 4, 2, narrow=True)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        NARROW,
-        replace(NARROW, load="whole", masked=True),
-        *(
-            pytest.param(row, marks=pytest.mark.skipif(not has_tma(), reason="no TMA"))
-            for row in (replace(NARROW, load="tma"), replace(NARROW, load="tma", masked=True))
-        ),
-    ],
-    ids=str,
-)
-def test_triton_sel_parity_of_shared_tiles_beside_rows_with_a_narrow_last_chunk_or_masked_tiles(row):
-    case = Case(ALIKE_AND_APART.repeat(1, 1, 2, 1, 1) + 3, 5 * BLOCK, H=here(16, 4), D=80, Dv=96)
-    config = shared(case, break_even=1.2, tma=row.load == "tma")
-    plan, inputs = planned(case, config, row=row)
-    assert plan.boxes == (64, 64, 32, 32)
-    out, index = steps(plan, *inputs)
-    assert 0 < len(rest_of(index)) < plan.query_tiles
-    verdict = judge(case, out, *inputs)
-    assert verdict.ok, verdict.message
-
-
 def test_triton_sel_parity_of_shared_tiles_that_programs_take_in_turn():
     ranges = torch.cat((MIXED, MIXED.flip(3), MIXED[:, :3]), 1).repeat(2, 1, 2, 1, 1)
     case = Case(ranges, MIXED_S_KV, **TQ4)
@@ -365,26 +335,20 @@ def test_no_gpu_shares_tiles_until_it_is_measured():
     assert not nsa_sel.choose_route(q, k, v, ranges, backend="triton").shares
 
 
-@pytest.fixture
-def plans(monkeypatch) -> list[SharedPlan]:
-    """Let this device share from half a visit on, however small the call; return the plans that are run."""
+@pytest.mark.public
+def test_triton_sel_parity_of_shared_tiles_through_the_public_function(monkeypatch):
     from nsa_sel.kernel.device import gpu_of
 
-    monkeypatch.setitem(shared_config.BREAK_EVEN, gpu_of(torch.empty(0, device=DEVICE).device).name, 0.5)
+    case = Case(prefill("local", 2 * BLOCK + 3, 2 * BLOCK + 35), 4 * BLOCK, H=here(8, 16), D=64, Dv=64)
+    q, k, v, ranges = tensors(case)
+    monkeypatch.setitem(shared_config.BREAK_EVEN, gpu_of(q.device).name, 0.5)
     for name in ("CERTAIN_WORK", "UNCERTAIN_WORK", "SHORTEST_SPANS"):
         monkeypatch.setattr(shared_config, name, 0)
     monkeypatch.setattr(shared_launch, "gpu_of", lambda device: replace(gpu_of(device), sm_count=1))
-    for module in (dispatch, training):
-        monkeypatch.setattr(module, "_plans", {})
-    plans, run = [], SharedPlan.run
+    monkeypatch.setattr(dispatch, "_plans", {})
+    plans = []
+    run = SharedPlan.run
     monkeypatch.setattr(SharedPlan, "run", lambda plan, *args: plans.append(plan) or run(plan, *args))
-    return plans
-
-
-@pytest.mark.public
-def test_triton_sel_parity_of_shared_tiles_through_the_public_function(plans):
-    case = Case(prefill("local", 2 * BLOCK + 3, 2 * BLOCK + 35), 4 * BLOCK, H=here(8, 16), D=64, Dv=64)
-    q, k, v, ranges = tensors(case)
     assert nsa_sel.choose_route(q, k, v, ranges, max_len=3 * BLOCK, backend="triton").shares
     assert not nsa_sel.choose_route(q[:, :1], k, v, ranges[:, :1], max_len=3 * BLOCK, backend="triton").shares
     for _ in range(2):  # the second finds the plan of the first
@@ -392,21 +356,6 @@ def test_triton_sel_parity_of_shared_tiles_through_the_public_function(plans):
         verdict = judge(case, out, q, k, v, ranges)
         assert verdict.ok, verdict.message
     assert len(plans) == 2 and plans[0] is plans[1]
-
-
-@pytest.mark.public
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_triton_sel_parity_of_gradients_of_a_call_that_shares_tiles(dtype, plans):
-    """The backward pass takes the result and the LSE that the shared kernel wrote."""
-    case = Case(ALIKE_AND_APART.repeat(2, 1, 1, 1, 1), 5 * BLOCK, H=here(16, 4), D=32, Dv=16, dtype=dtype)
-    q, k, v, ranges = inputs = tensors(case)
-    up = gradient_case.upstream(case, q, v)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    results = nsa_sel.selection_attention(*leaves, ranges, max_len=2 * BLOCK, backend="triton", return_lse=True)
-    assert [plan.found(*inputs).share for plan in plans] == [1]
-    found = torch.autograd.grad(results, leaves, (up.dout, up.dlse))
-    allowed = gradient_case.noise(*inputs, up)
-    gradient_case.judge(case, found, gradient_case.exact(*inputs, up), allowed, whole=True)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its timer is one for a machine without a GPU")

@@ -165,7 +165,7 @@ class BackwardPlan(Plan):
     ) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_sel_bwd_rows` in order, and its options."""
         q, k, v, _, out, lse, dout, dlse = saved
-        k_desc, v_desc, _, _ = self.described(k, v, placed)  # its launches have no narrow last chunks
+        k_desc, v_desc = self.described(k, v, placed)
         values = self.values | self._placed(placed) | {"n_spans": ranges.shape[3]}
         in_order = [values[name] for name in _sel_bwd_rows.arg_names[len(ROW_TENSORS) :]]
         return [q, k, v, ranges, out, dout, lse, dlse, *results, k_desc, v_desc, *in_order], self.options

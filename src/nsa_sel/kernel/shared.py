@@ -243,7 +243,7 @@ def _sel_shared(
 
 @triton.jit(do_not_specialize=["n_rows", *SIZE_ARGS, *STRIDE_ARGS])
 def _sel_rest(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc, k_last_desc, v_last_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc,
     n_rows: tl.int32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
     splits: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
@@ -253,8 +253,7 @@ def _sel_rest(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LAST_D: tl.constexpr, LAST_DV: tl.constexpr, LOAD: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
     TQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -273,13 +272,12 @@ def _sel_rest(
             if tl.load(count_ptr + 2 * query_tile) < 0:
                 attend_row(
                     b, s, g, 0, 0,
-                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None,
-                    k_desc, v_desc, k_last_desc, v_last_desc,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
                     scale_log2, S, G, S_kv, n_spans, splits,
                     stride_qb, stride_qs, stride_qg, stride_qh,
                     stride_kb, stride_kg, stride_kt,
                     stride_vb, stride_vg, stride_vt,
                     stride_rb, stride_rs, stride_rg, stride_rn,
-                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N, LAST_D, LAST_DV,
-                    LOAD, WHOLE, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
                 )  # fmt: skip
