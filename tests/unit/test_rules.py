@@ -96,12 +96,17 @@ def test_few_long_rows_are_split_and_many_are_not():
         (64, 8, 1024, 2, 2),
         (4, 64, 4096, 16, 8),  # more clusters than one a row
         (4, 1024, 65536, 32, 2),  # every multiprocessor streams many tiles: pairs, which fit anywhere
-        (4, 1, 65536, 16, 8),  # a cluster of 8 for each 16 multiprocessors
-        (8, 1, 16384, 8, 8),
+        (4, 1, 65536, 32, 2),
+        (8, 1, 16384, 16, 2),
         (3, 1, 65536, 40, 2),  # 3 rows cannot have as many clusters each
         (1, 1, 16384, 64, 8),
-        (16, 1, 1024, 4, 4),
-        (4, 1, 256, 1, 1),
+        (16, 1, 1024, 8, 8),
+        (16, 1, 8192, 16, 8),  # two programs a multiprocessor
+        (4, 1, 256, 4, 4),
+        (4, 1, 128, 1, 1),
+        (48, 8, 1024, 2, 2),
+        (48, 8, 4096, 4, 4),
+        (100, 8, 4096, 2, 2),
     ],
 )
 def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluster):
