@@ -86,7 +86,9 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     length, n, heads, rows_per_sm = call.max_len, call.n_spans, padded_heads(call.H), call.N / gpu.sm_count
     width = padded_width(call.D, chunk_width(call.D)) + padded_width(call.Dv, chunk_width(call.Dv))
     span, few, many, light = length / n, rows_per_sm < 1, rows_per_sm >= 3, heads == 16
-    one_length, unequal = n == 1 and call.one_length, n == 1 and not call.one_length
+    one_length = n == 1 and call.one_length
+    # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
+    unequal = n == 1 and not call.one_length and rows_per_sm < 32
     # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
     one_warp = light or (many and heads * width <= (8192 if heads == 32 else 4096))
     warps = 1 if one_warp else 2 if heads == 32 and many else 4
