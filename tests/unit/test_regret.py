@@ -42,7 +42,7 @@ class Bench(FakeBench):
 def test_the_grid_is_fixed_and_every_launch_of_it_can_compute_any_width():
     for D, Dv in ((16, 16), (128, 128), (160, 96), (256, 256)):
         launches = grid(D, Dv, has_tma=True)
-        assert len(launches) == len(set(launches)) == 100
+        assert len(launches) == len(set(launches)) == 132
         assert not [launch for launch in launches if launch.problem(D, Dv)]
         assert sum(launch.splits == 1 for launch in launches) >= 36
     assert {launch.load for launch in grid(64, 64, has_tma=False)} == {"gather", "whole"}
@@ -148,14 +148,14 @@ def test_the_table_names_the_grid_the_cases_the_geomean_and_the_worst(tell, tmp_
     bench.slow = {(DECODE, UNTUNED): 36.0}
     assert tell([FEW, DECODE], bench, "--json", str(tmp_path / "out/regret.json")) == 0
     out = capsys.readouterr().out
-    assert "2 cases, the default launch against a fixed grid of 100" in out
+    assert "2 cases, the default launch against a fixed grid of 132" in out
     assert "gather/tma: BL16 w1 s2, BL16 w1 s3, " in out and "split8 cluster8" in out
     table = [line for line in out.splitlines() if line.endswith((FEW.id, DECODE.id))]
     assert [line.split()[0] for line in table] == ["3.00x", "1.50x"]  # the largest first
     assert str(UNTUNED) in table[0] and str(FASTEST) in table[0]
     assert "regret over 2 cases: geomean 2.12" in out and "worst 3.00x" in out
     saved = json.loads((tmp_path / "out/regret.json").read_text())
-    assert saved["gpu"] == H200.name and saved["worst"] == pytest.approx(3.0, rel=0.01) and len(saved["grid"]) == 100
+    assert saved["gpu"] == H200.name and saved["worst"] == pytest.approx(3.0, rel=0.01) and len(saved["grid"]) == 132
     assert saved["random"] == {"seed": 1, "count": 40}
     first = saved["cases"][0]
     assert (first["case"], first["H"], first["n_spans"], first["default"]) == (DECODE.id, 16, 16, str(UNTUNED))
