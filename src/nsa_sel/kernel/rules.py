@@ -84,13 +84,14 @@ def decide(call: Call, gpu: Gpu) -> Choice:
 def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]]:
     """Yield rules: whether one applies, what for, and its tile. The first that applies decides."""
     length, n, heads, rows_per_sm = call.max_len, call.n_spans, padded_heads(call.H), call.N / gpu.sm_count
-    width = padded_width(call.D, chunk_width(call.D)) + padded_width(call.Dv, chunk_width(call.Dv))
+    d, dv = (padded_width(width, chunk_width(width)) for width in (call.D, call.Dv))
+    width, held = d + dv, heads * (d + 2 * dv)  # registers hold the result in fp32, and q in 16 bits
     span, few, many, light = length / n, rows_per_sm < 1, rows_per_sm >= 3, heads == 16
     one_length = n == 1 and call.one_length
     # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
     unequal = n == 1 and not call.one_length and rows_per_sm < 32
     # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
-    one_warp = light or (many and heads * width <= (8192 if heads == 32 else 4096))
+    one_warp = light or (many and held <= (12_288 if heads == 32 else 6144))
     warps = 1 if one_warp else 2 if heads == 32 and many else 4
     # Tiles of fp32 that come by TMA would pass through shared memory twice; `wgmma` is fed by gathers.
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2 and (heads < 64 or one_warp)
@@ -108,7 +109,7 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     yield n > 8 and span >= 56 and not many and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
     yield n > 128, "more than 128 short spans: 4 warps hold them", Tile("gather", 32, 4, 2)
     rule = "more than 64 short spans: 4 warps hold them"
-    yield n > 64 and warps == 4 or n > 64 and not many, rule, Tile("gather", 64 if light else 32, 4, 2)
+    yield n > 64 and not (many and held <= 6144), rule, Tile("gather", 64 if light else 32, 4, 2)
     yield warps == 4 and heads == 64 and length < 128, "more than 32 heads, short rows", Tile("gather", 32, 4, 2)
     rule = "more than 32 heads: 4 warps share `wgmma`"
     yield warps == 4 and heads == 64, rule, Tile("gather", 64, 4, 3 if width <= 128 else 2)
