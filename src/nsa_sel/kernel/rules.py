@@ -73,12 +73,14 @@ def decide(call: Call, gpu: Gpu) -> Choice:
         limit //= 2
         if cluster == 8 and call.N * splits > gpu.sm_count:
             tile = tile._replace(num_stages=min(tile.num_stages, 2))
-    if gpu.shared_bytes < 110_000 and tile == ("gather", 64, 4, 3, 0) and splits > 1:
-        tile = tile._replace(max_registers=160)  # the compiler for sm_86 and 89 gives these 96 registers, and spills
-    load, block_l, warps, stages, registers = tile
-    widths = chunk_width(call.D), chunk_width(call.Dv)
+    (load, block_l, warps, stages, registers), widths = tile, (chunk_width(call.D), chunk_width(call.Dv))
     wanted = LaunchConfig(load, block_l, *widths, warps, stages, splits, registers, cluster)
-    return Choice(_fit(wanted, call, limit), rule, parts, wanted)
+    launch = _fit(wanted, call, limit)
+    of_64 = (launch.load, launch.block_l, warps, launch.num_stages) == ("gather", 64, 4, 3)
+    if not gpu.has_clusters and splits > 1 and of_64 and call.H <= 32:
+        # The compiler for sm_80, 86 and 89 gives these 96 or 168 registers, and spills.
+        launch, wanted = (replace(each, max_registers=160) for each in (launch, wanted))
+    return Choice(launch, rule, parts, wanted)
 
 
 def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]]:
@@ -99,20 +101,17 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     blocks = many and one_warp and span >= (32 if n <= 128 else 16) and (call.shared_kv or (n > 8 and tma))
     large = one_length and tma and length % 128 == 0  # what is left of tiles is read in small ones
 
-    yield n > 256 and span < 64, "more than 256 short spans: 8 warps hold them", Tile("gather", 16, 8, 2)
-    yield n > 256, "more than 256 long spans: 8 warps hold them", Tile(whole, 64, 8, 3)
+    yield n > 256, "more than 256 spans: 8 warps", Tile("gather", 16, 8, 2) if span < 64 else Tile(whole, 64, 8, 3)
     yield call.element_bytes == 4, "fp32: products without tensor cores", Tile("gather", 16 if n > 64 else 32, 4, 2)
     yield length <= 16, "rows of up to 16 tokens: one tile", Tile("gather", 16, warps, 2)
     rule = "blocks of many rows: one warp streams whole tiles"
     yield blocks and tma and span >= 64 and heads * width <= 4096, f"{rule} of 64", Tile("tma", 64, 1, 2, 232)
     yield blocks, f"{rule} of 32", Tile(whole, 32, 1, 2, 152 if tma and width > 256 else 0)
     yield n > 8 and span >= 56 and not many and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
-    yield n > 128, "more than 128 short spans: 4 warps hold them", Tile("gather", 32, 4, 2)
-    rule = "more than 64 short spans: 4 warps hold them"
-    yield n > 64 and not (many and held <= 6144), rule, Tile("gather", 64 if light else 32, 4, 2)
+    yield n > 128, "more than 128 short spans: 4 warps", Tile("gather", 32, 4, 2)
+    yield n > 64 and not (many and held <= 6144), "65 to 128 spans: 4 warps", Tile("gather", 64 if light else 32, 4, 2)
     yield warps == 4 and heads == 64 and length < 128, "more than 32 heads, short rows", Tile("gather", 32, 4, 2)
-    rule = "more than 32 heads: 4 warps share `wgmma`"
-    yield warps == 4 and heads == 64, rule, Tile("gather", 64, 4, 3 if width <= 128 else 2)
+    yield warps == 4 and heads == 64, "more than 32 heads: 4 warps", Tile("gather", 64, 4, 3 if width <= 128 else 2)
     yield length <= 32 and many, "many rows of up to 32 tokens: small programs", Tile("gather", 16, warps, 2)
     yield length <= 32, "rows of up to 32 tokens: one tile", Tile("gather", 32, 2, 3)
     rule = "rows of unequal lengths, many heads or narrow: two warps"
@@ -125,8 +124,7 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     rule = "rows of one span and length for every SM: whole tiles by two warps"
     yield one_length and many and tma and length % 64 == 0 and width > 192, f"{rule}, wide", Tile("tma", 64, 2, 2)
     yield large and not few and (length > 256 or not many), rule, Tile("tma", 128, 2, 2)
-    rule = "many rows, many heads: small programs"
-    yield many and not light, rule, Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
+    yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
     yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
     yield not few and width <= 128 and length > 256, "rows for every SM, narrow and long", Tile("gather", 128, 4, 3)
     yield not few, "rows for every SM: two warps", Tile("gather", 64, 2, 3)
@@ -134,8 +132,7 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     yield length <= 64, rule, Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
     yield large and light and length <= 256, f"{rule} and one length", Tile("tma", length, 4, 2)
     yield large and light, "fewer rows than SMs, of one span and length", Tile("tma", 128, 4, 3)
-    rule = "fewer rows than SMs, in two parts or none: large tiles"
-    yield splits <= 2 and light and n <= 8, rule, Tile("gather", 128, 4, 3)
+    yield splits <= 2 and light and n <= 8, "fewer rows than SMs, hardly split: large tiles", Tile("gather", 128, 4, 3)
     yield True, "fewer rows than SMs", Tile("gather", 64, 4, 3)
 
 
