@@ -93,12 +93,13 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
     unequal = n == 1 and not call.one_length and rows_per_sm < 32
     # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
-    one_warp = light or (many and held <= (12_288 if heads == 32 else 6144))
+    one_warp = light or (many and n <= 256 and held <= (12_288 if heads == 32 else 6144))
     warps = 1 if one_warp else 2 if heads == 32 and many else 4
     # Tiles of fp32 that come by TMA would pass through shared memory twice; `wgmma` is fed by gathers.
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2 and (heads < 64 or one_warp)
     whole = "tma" if tma else "whole"
-    blocks = many and one_warp and span >= (32 if n <= 128 else 16) and (call.shared_kv or (n > 8 and tma))
+    long = width <= 384 and span >= (32 if n <= 128 else 16)  # wider tiles of 32 do not fit into a warp's registers
+    blocks = many and one_warp and long and (call.shared_kv or (n > 8 and tma))
     large = one_length and tma and length % 128 == 0  # what is left of tiles is read in small ones
 
     yield n > 256, "more than 256 spans: 8 warps", Tile("gather", 16, 8, 2) if span < 64 else Tile(whole, 64, 8, 3)
@@ -106,7 +107,7 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     yield length <= 16, "rows of up to 16 tokens: one tile", Tile("gather", 16, warps, 2)
     rule = "blocks of many rows: one warp streams whole tiles"
     yield blocks and tma and span >= 64 and heads * width <= 4096, f"{rule} of 64", Tile("tma", 64, 1, 2, 232)
-    yield blocks, f"{rule} of 32", Tile(whole, 32, 1, 2, 152 if tma and width > 256 else 0)
+    yield blocks, f"{rule} of 32", Tile(whole, 32, 1, 2, 152 if tma and 256 < width <= 320 else 0)
     yield n > 8 and span >= 56 and not many and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
     yield n > 128, "more than 128 short spans: 4 warps", Tile("gather", 32, 4, 2)
     yield n > 64 and not (many and held <= 6144), "65 to 128 spans: 4 warps", Tile("gather", 64 if light else 32, 4, 2)
@@ -157,8 +158,8 @@ def _parts(call: Call, gpu: Gpu) -> tuple[int, int, str]:
         most = 8 if rows_per_sm <= 1 / 4 else 4 if rows_per_sm <= 1 / 2 and length >= 2048 else 2
         splits = min(most, 1 << round(math.log2(length / 64)))
         why = "parts of about 64 tokens or more, until two programs a multiprocessor: a cluster merges"
-    per_sm = 1 if rows_per_sm <= 1 / 16 else 2
-    clusters = min(per_sm * gpu.sm_count // call.N, length // 256, MAX_SPLITS) // 8
+    room = gpu.sm_count // (8 * call.N), gpu.sm_count // (4 * call.N)  # clusters of a row: by 1 and by 2 programs an SM
+    clusters = min(max(room[0], min(room[1], 2)), length // 2048, MAX_SPLITS // 8)
     if splits == 8 and clusters > 1:
         # Where each multiprocessor streams many tiles, pairs occupy more of them than clusters of 8 do.
         return 8 * clusters, 2 if length >= 8192 * clusters else 8, "few long rows: parts on every multiprocessor"
