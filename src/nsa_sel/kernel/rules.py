@@ -89,7 +89,6 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     d, dv = (padded_width(width, chunk_width(width)) for width in (call.D, call.Dv))
     width, held = d + dv, heads * (d + 2 * dv)  # registers hold the result in fp32, and q in 16 bits
     span, few, many, light = length / n, rows_per_sm < 1, rows_per_sm >= 3, heads == 16
-    one_length = n == 1 and call.one_length
     # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
     unequal = n == 1 and not call.one_length and rows_per_sm < 32
     # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
@@ -100,7 +99,8 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     whole = "tma" if tma else "whole"
     long = width <= 384 and span >= (32 if n <= 128 else 16)  # wider tiles of 32 do not fit into a warp's registers
     blocks = many and one_warp and long and (call.shared_kv or (n > 8 and tma))
-    large = one_length and tma and length % 128 == 0  # what is left of tiles is read in small ones
+    even = n == 1 and call.one_length and tma
+    large = even and length % 128 == 0  # what is left of tiles is read in small ones
 
     yield n > 256, "more than 256 spans: 8 warps", Tile("gather", 16, 8, 2) if span < 64 else Tile(whole, 64, 8, 3)
     yield call.element_bytes == 4, "fp32: products without tensor cores", Tile("gather", 16 if n > 64 else 32, 4, 2)
@@ -122,19 +122,17 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     yield unequal and length > 256 and width <= 128, f"{rule}, narrow ones", Tile("gather", 128, 4, 3)
     yield unequal and tma and length > (1024 if many else 256), f"{rule}, long ones", Tile("tma", 64, 4, 3)
     yield unequal and length > 64 and (length > 256 or width > 192), rule, Tile("gather", 64, 4, 3)
-    rule = "rows of one span and length for every SM: whole tiles by two warps"
-    yield one_length and many and tma and length % 64 == 0 and width > 192, f"{rule}, wide", Tile("tma", 64, 2, 2)
-    yield large and not few and (length > 256 or not many), rule, Tile("tma", 128, 2, 2)
+    yield even and many and length % 64 == 0 and width > 192, "many wide rows of one length", Tile("tma", 64, 2, 2)
+    yield large and not few and (length > 256 or not many), "rows of one length for every SM", Tile("tma", 128, 2, 2)
     yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
     yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
     yield not few and width <= 128 and length > 256, "rows for every SM, narrow and long", Tile("gather", 128, 4, 3)
     yield not few, "rows for every SM: two warps", Tile("gather", 64, 2, 3)
-    rule = "fewer rows than SMs, of one tile"
-    yield length <= 64, rule, Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
-    yield large and light and length <= 256, f"{rule} and one length", Tile("tma", length, 4, 2)
-    yield large and light, "fewer rows than SMs, of one span and length", Tile("tma", 128, 4, 3)
-    yield splits <= 2 and light and n <= 8, "fewer rows than SMs, hardly split: large tiles", Tile("gather", 128, 4, 3)
-    yield True, "fewer rows than SMs", Tile("gather", 64, 4, 3)
+    yield length <= 64, "few rows of one tile", Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
+    yield large and light and length <= 256, "few rows of one length and large tile", Tile("tma", length, 4, 2)
+    yield large and light, "few rows of one length", Tile("tma", 128, 4, 3)
+    yield splits <= 2 and light and n <= 8, "few rows in hardly any parts: large tiles", Tile("gather", 128, 4, 3)
+    yield True, "few rows: parts", Tile("gather", 64, 4, 3)
 
 
 def _parts(call: Call, gpu: Gpu) -> tuple[int, int, str]:
