@@ -310,8 +310,6 @@ def test_triton_sel_parity_of_gradients_index_against_plain_python(slots):
         ({"block_t": 24}, "tiles and rows that are powers of two"),
         ({"slots": 0}, "a slot or more"),
         ({"row": LaunchConfig("gather", 16, 16, 16, 4, 2)}, "rows in whole tiles"),
-        ({"row": LaunchConfig("whole", 16, 16, 16, 4, 2, narrow=True)}, "rows in whole tiles and whole chunks"),
-        ({"row": LaunchConfig("tma", 16, 16, 16, 4, 2, masked=True)}, "rows in whole tiles and whole chunks"),
     ],
 )
 def test_a_backward_launch_that_cannot_run_is_refused(change, expected):

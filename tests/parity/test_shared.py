@@ -210,32 +210,6 @@ def test_triton_sel_parity_of_shared_tiles_beside_rows_of_their_own(break_even, 
     check_shared(case, shared(case, break_even=break_even, rest_rows=3, partial_stages=partial_stages))
 
 
-NARROW = LaunchConfig("gather", BLOCK, 64, 64, 4, 2, narrow=True)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        NARROW,
-        replace(NARROW, load="whole", masked=True),
-        *(
-            pytest.param(row, marks=pytest.mark.skipif(not has_tma(), reason="no TMA"))
-            for row in (replace(NARROW, load="tma"), replace(NARROW, load="tma", masked=True))
-        ),
-    ],
-    ids=str,
-)
-def test_triton_sel_parity_of_shared_tiles_beside_rows_with_a_narrow_last_chunk_or_masked_tiles(row):
-    case = Case(ALIKE_AND_APART.repeat(1, 1, 2, 1, 1) + 3, 5 * BLOCK, H=here(16, 4), D=80, Dv=96)
-    config = shared(case, break_even=1.2, tma=row.load == "tma")
-    plan, inputs = planned(case, config, row=row)
-    assert plan.boxes == (64, 64, 32, 32)
-    out, index = steps(plan, *inputs)
-    assert 0 < len(rest_of(index)) < plan.query_tiles
-    verdict = judge(case, out, *inputs)
-    assert verdict.ok, verdict.message
-
-
 @pytest.mark.parametrize(
     ("dtype", "H", "D", "Dv"),
     [(DTYPES[i % 3], H, D, Dv) for i, (H, D, Dv) in enumerate(

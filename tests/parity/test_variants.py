@@ -49,39 +49,6 @@ def test_triton_sel_parity_of_column_chunks(block_d, block_dv):
         check(Case(RANGES, S_KV, launch=replace(config, block_d=block_d, block_dv=block_dv)))
 
 
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(
-    ("D", "Dv", "block_d", "block_dv"),
-    ((160, 96, 128, 64), (96, 144, 64, 128), (208, 240, 64, 64), (64, 192, 64, 128), (256, 80, 64, 64)),
-)
-def test_triton_sel_parity_of_a_last_chunk_as_wide_as_what_is_left(D, Dv, block_d, block_dv, load):
-    if load == "tma" and not has_tma():
-        pytest.skip("TMA descriptors need Triton 3.4 and compute capability 9.0")
-    for splits in (1, 4):
-        config = LaunchConfig(load, 32, block_d, block_dv, 4, 2, splits, narrow=True)
-        check(Case(RANGES, S_KV, H=5, D=D, Dv=Dv, launch=config))
-
-
-@pytest.mark.parametrize("load", ("whole", "tma"))
-@pytest.mark.parametrize(("block_l", "warps", "splits"), ((16, 1, 1), (32, 2, 4), (64, 4, 1), (128, 4, 2)))
-def test_triton_sel_parity_of_masked_tiles_alone(block_l, warps, splits, load):
-    if load == "tma" and not has_tma():
-        pytest.skip("TMA descriptors need Triton 3.4 and compute capability 9.0")
-    config = LaunchConfig(load, block_l, 64, 64, warps, 2, splits, masked=True)
-    check(Case(RANGES, S_KV, launch=config))
-    check(Case(RANGES[:, :1, :, :1], S_KV, launch=config))  # rows of one span
-    # What a tile brings along from behind its span, or from behind the last token, must not reach the result.
-    unselected = [t for t in range(S_KV) if not any(a <= t < b for a, b in RANGES[:, 3].flatten(0, 2).tolist())]
-    behind = f"for x in (k, v): x[:, :, {unselected}] = float('nan')"
-    check(Case(RANGES[:, 3:4], S_KV, launch=config, edit=behind))
-
-
-def test_masked_tiles_that_are_gathered_are_refused():
-    config = replace(small_covering()[0], load="gather", masked=True)
-    with pytest.raises(ValueError, match="launch: value is .*expected masked tiles of a span"):
-        run_kernel(case := Case(RANGES, S_KV, launch=config), *tensors(case))
-
-
 @pytest.mark.skipif(not has_clusters(), reason="needs thread-block clusters: Triton 3.6 to 3.9, capability 9 or 10")
 @pytest.mark.parametrize("load", ("gather", "tma"))
 @pytest.mark.parametrize(("splits", "cluster"), ((2, 2), (4, 4), (8, 8), (8, 2), (16, 8), (64, 2), (64, 8)))

@@ -29,15 +29,11 @@ LAUNCHES = [  # and whether with an LSE
     (LaunchConfig("gather", 16, 64, 64, 1, 1, splits=4), True),
     (LaunchConfig("tma", 16, 32, 64, 1, 1), False),
     (LaunchConfig("tma", 16, 64, 64, 1, 1, splits=4, cluster=2), True),
-    (LaunchConfig("tma", 16, 64, 32, 1, 1, narrow=True), False),  # descriptors of the last chunks besides
-    (LaunchConfig("tma", 16, 128, 64, 1, 1, narrow=True), False),  # of V's alone
 ]
 SHARED_LAUNCHES = [  # and the rows' launch, and whether with an LSE
     (SharedLaunch(16, 16, 64, 64, 1, 1), LaunchConfig("gather", 16, 64, 64, 1, 1), True),
     (SharedLaunch(64, 64, 32, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 64, 1, 1), False),
-    (SharedLaunch(64, 64, 64, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 32, 1, 1, narrow=True), False),
 ]
-WIDTH = 80  # that no chunk divides
 calls: list[tuple] = []
 
 
@@ -76,9 +72,9 @@ def plain(x: Any) -> Any:
 def drawn(with_lse: bool) -> tuple[Any, ...]:
     """Return q, K and V of a short and of a longer context, ranges, and tensors to write into."""
     calls.clear()
-    q, cache = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 3, 300, WIDTH).bfloat16()
+    q, cache = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 3, 300, 64).bfloat16()
     values, ranges = cache.clone(), torch.zeros(2, 2, 3, 5, 2, dtype=torch.int32)
-    out, lse = torch.zeros(2, 2, 3, 4, WIDTH).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
+    out, lse = torch.zeros(2, 2, 3, 4, 64).bfloat16(), torch.zeros(2, 2, 3, 4) if with_lse else None
     short, longer = ((cache[:, :, :t], values[:, :, :t]) for t in (256, 270))
     return q, short, longer, ranges, out, lse
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from nsa_sel.kernel.launch_config import MAX_CHUNKS, MAX_SPANS, SPAN_BUCKETS, LaunchConfig, chunk_width, shared_memory
@@ -34,24 +32,6 @@ def test_chunks_cover_a_width_with_little_padding(width):
     assert chunk_width(192) == 64
 
 
-@pytest.mark.parametrize(
-    ("width", "block", "narrow", "wide"),
-    [
-        *((160, 128, 32, 128), (144, 128, 32, 128), (192, 128, 64, 128), (224, 64, 32, 64), (176, 64, 64, 64)),
-        *((256, 128, 128, 128), (64, 64, 64, 64), (48, 64, 64, 64)),  # chunks that are full, or but one
-    ],
-)
-def test_a_narrow_last_chunk_has_what_is_left_of_a_width(width, block, narrow, wide):
-    launch = LaunchConfig("gather", 64, block, block, 4, 2)
-    assert launch.last_chunk(width, block) == wide and launch.boxes(width, width) == (block, block, None, None)
-    launch = replace(launch, narrow=True)
-    assert launch.last_chunk(width, block) == narrow
-    assert launch.padded(width, block) == (width - 1) // block * block + narrow >= width
-    last = None if narrow == block else narrow
-    assert launch.boxes(width, width) == (block, block, last, last)
-    assert launch.boxes(width, block) == (block, block, last, None)
-
-
 def test_one_cluster_a_row_needs_no_counters():
     """Captured calls have few to give away, and past them each graph sets its own to zero."""
     counters = {
@@ -63,5 +43,5 @@ def test_one_cluster_a_row_needs_no_counters():
 
 def test_the_span_count_is_compiled_in_few_buckets():
     config = LaunchConfig("gather", 64, 128, 128, 4, 2)
-    compiled = {config.constants(8, 128, 128, n_spans)["BLOCK_N"] for n_spans in range(MAX_SPANS + 1)}
+    compiled = {config.constants(8, 128, n_spans)["BLOCK_N"] for n_spans in range(MAX_SPANS + 1)}
     assert compiled == set(SPAN_BUCKETS)

@@ -76,7 +76,7 @@ def test_a_thousand_steps_need_one_plan_and_one_kernel(kernel, monkeypatch):
     for t in range(1500, 2500):
         at(t, min_len=80, max_len=80)
     assert len(plans()) == 1 and len(kernel.compiled) == 1
-    lengths = [arguments[8 + 2 * 4 + 2 + 3] for arguments in kernel.started]  # after tensors, scale, S and G
+    lengths = [arguments[8 + 2 * 4 + 3] for arguments in kernel.started]  # after pointers, descriptors, scale, S and G
     assert lengths == list(range(1501, 2500))
     rows = [what[1] for what in kernel.described]
     assert rows == [(B * G - 1) * ROOM + t for t in range(1501, 2500) for _ in "kv"]

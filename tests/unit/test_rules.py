@@ -38,7 +38,7 @@ CALLS = {
     "D": ((16, 80, 128, 192, 256), range(16, 257, 16)),
     "Dv": ((16, 128, 256), range(16, 257, 16)),
     "n_spans": ((1, 8, 16, 1024), range(1, 1025)),
-    "max_len": ((0, 1, 16, 64, 512, 1000, 1024, 65536),),
+    "max_len": ((0, 1, 16, 32, 64, 256, 512, 1000, 1024, 65536),),
     "shared_kv": ((False, True),),
     "element_bytes": ((2, 4),),
     "one_length": ((False, True),),
@@ -96,12 +96,17 @@ def test_few_long_rows_are_split_and_many_are_not():
         (64, 8, 1024, 2, 2),
         (4, 64, 4096, 16, 8),  # more clusters than one a row
         (4, 1024, 65536, 32, 2),  # every multiprocessor streams many tiles: pairs, which fit anywhere
-        (4, 1, 65536, 16, 8),  # a cluster of 8 for each 16 multiprocessors
-        (8, 1, 16384, 8, 8),
+        (4, 1, 65536, 32, 2),
+        (8, 1, 16384, 16, 2),
         (3, 1, 65536, 40, 2),  # 3 rows cannot have as many clusters each
         (1, 1, 16384, 64, 8),
-        (16, 1, 1024, 4, 4),
-        (4, 1, 256, 1, 1),
+        (16, 1, 1024, 8, 8),
+        (16, 1, 8192, 16, 8),  # two programs a multiprocessor
+        (4, 1, 256, 4, 4),
+        (4, 1, 128, 1, 1),
+        (48, 8, 1024, 2, 2),
+        (48, 8, 4096, 4, 4),
+        (100, 8, 4096, 2, 2),
     ],
 )
 def test_parts_of_few_rows_merge_as_clusters(N, n_spans, max_len, splits, cluster):
@@ -152,3 +157,41 @@ def test_prefill_runs_one_warp_a_program_through_whole_tiles():
 def test_short_spans_are_gathered():
     assert choose("sm_90", max_len=64, n_spans=8).load == "gather"
     assert choose("sm_90", max_len=1024, n_spans=1024).load == "gather"
+
+
+@pytest.mark.parametrize("H", [17, 40])
+def test_few_rows_of_many_heads_are_split_as_clusters(H):
+    config = choose("sm_90", N=8, H=H, n_spans=3, max_len=1024)
+    assert (config.splits, config.cluster) == (8, 8)
+
+
+def test_products_of_more_than_32_heads_by_four_warps_are_fed_by_gathers():
+    """Not by TMA: where K and V have chunks of two widths, the compiler of Triton 3.6 reads tails from elsewhere."""
+    for call in calls(3000):
+        config = rules.choose(call, GPUS["sm_90"])
+        assert call.H <= 32 or config.num_warps % 4 or config.load != "tma", call
+
+
+def test_many_rows_of_many_blocks_run_one_warp_a_program_through_tiles_of_32():
+    call = {"N": 832, "H": 2, "D": 32, "Dv": 48, "n_spans": 207, "max_len": 8095}
+    config = choose("sm_90", **call, shared_kv=True)
+    assert (config.load, config.block_l, config.num_warps) == ("tma", 32, 1)
+    assert choose("sm_90", **{**call, "N": 128}).num_warps == 4
+
+
+def test_rows_of_unequal_lengths_are_many_once_most_of_them_wait_for_others():
+    call = {"n_spans": 1, "max_len": 512}
+    assert choose("sm_90", N=31 * 132, **call).num_warps == 4
+    assert choose("sm_90", N=32 * 132, **call).num_warps == 1
+
+
+def test_a_program_is_one_warp_only_where_its_threads_hold_result_and_q():
+    assert [choose("sm_90", N=2000, H=32, D=D, Dv=D).num_warps for D in (128, 160)] == [1, 2]
+    assert [choose("sm_90", N=2000, H=64, D=D, Dv=D).num_warps for D in (32, 64)] == [1, 4]
+
+
+def test_ranges_of_parts_meet():
+    """More rows or shorter ones never lead to more parts."""
+    for n_spans, max_len in itertools.product((1, 4, 64), (256, 1024, 4096, 65536)):
+        parts = [choose("sm_90", N=N, n_spans=n_spans, max_len=max_len, one_length=True).splits for N in range(1, 300)]
+        assert parts == sorted(parts, reverse=True), (n_spans, max_len)

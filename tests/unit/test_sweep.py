@@ -148,7 +148,7 @@ def test_an_interruption_costs_no_finished_measurement(make, tmp_path, share):
 
 def test_a_launch_that_breaks_the_device_ends_the_process_and_is_not_tried_again(make):
     bench = FakeBench()
-    bench.breaks = replace(UNTUNED, num_warps=8)
+    bench.breaks = replace(UNTUNED, num_warps=1)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         make(bench, FEW).run()
     again = FakeBench()

@@ -47,12 +47,9 @@ def reason(launch, case, gpu=H200):
         (replace(UNTUNED, block_l=128, num_stages=3), FEW, H200, None),
         (replace(UNTUNED, block_l=128, num_stages=3), FEW, RTX_4090, "more shared memory"),
         (replace(UNTUNED, block_l=128, num_warps=1), FEW, H200, "more registers"),
+        (replace(UNTUNED, num_warps=8), FEW, H200, "eight warps where four"),
         (replace(UNTUNED, load="tma", block_l=16), MANY, H200, "tiles longer than any span"),  # spans of 8
         (replace(UNTUNED, load="tma", block_l=16), MIXED, H200, None),
-        (replace(UNTUNED, load="tma", block_l=16, masked=True), MANY, H200, None),
-        (replace(UNTUNED, load="tma", block_l=16, masked=True), FEW, H200, "masked tiles of spans that are longer"),
-        (replace(UNTUNED, narrow=True), FEW, H200, "a narrow last chunk where the last one is full"),
-        (replace(UNTUNED, narrow=True), rows_case("bf16", "few", 8, 160, 128, 64, 1024), H200, None),
         (replace(UNTUNED, block_l=256), FEW, H200, "tiles more than twice as long"),
         (replace(UNTUNED, splits=2), rows_case("bf16", "few", 8, 128, 128, 64, 64), H200, "more splits than tiles"),
         (replace(UNTUNED, splits=2), rows_case("bf16", "few", 8, 128, 128, 128, 64), H200, None),
@@ -94,14 +91,12 @@ def test_the_grid_is_what_the_issue_lists():
     assert {(c.block_d, c.block_dv) for c in every} == {(d, dv) for d in (32, 64, 128) for dv in (32, 64, 128)}
     assert {c.num_warps for c in every} == {1, 2, 4, 8} and {c.num_stages for c in every} == {1, 2, 3}
     assert {c.load for c in every} == {"gather", "whole", "tma"}
-    assert {c.load for c in every if c.masked} == {"whole", "tma"}
     assert {(c.block_d, c.block_dv) for c in grid(192, 128)} == {(64, 128)}
 
 
 def test_variations_include_chunks_stages_and_registers():
     found = list(around(UNTUNED))
     assert replace(UNTUNED, block_dv=32) in found and replace(UNTUNED, num_stages=4) in found
-    assert replace(UNTUNED, narrow=True) in found
     assert {c.max_registers for c in found} == {0, 96, 144, 168, 216}
     # 65,536 registers a multiprocessor
     assert {c.max_registers for c in around(replace(UNTUNED, num_warps=16))} == {0, 96}

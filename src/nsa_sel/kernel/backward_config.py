@@ -21,7 +21,7 @@ LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs ab
 class BackwardLaunch:
     """Name every choice of a backward pass.
 
-    row: of the rows' pass: load "whole" or "tma", no splits, neither narrow nor masked. block_t: tokens of a KV tile.
+    row: of the rows' pass: load "whole" or "tma", no splits. block_t: tokens of a KV tile.
     rows: columns of the keys' products, the queries of a batch times padded heads. num_warps, num_stages: of the keys'
     pass. slots: chunks of popular tiles that there is room for. shared: of the rows whose query tiles share KV tiles;
     None: none do.
@@ -47,7 +47,7 @@ class BackwardLaunch:
 
     def problem(self, H: int) -> str | None:
         """Say what is expected in place of a launch that would compute these heads wrongly, or not at all."""
-        if self.row.load == "gather" or self.row.splits > 1 or self.row.narrow or self.row.masked:
+        if self.row.load == "gather" or self.row.splits > 1:
             return "rows in whole tiles and whole chunks, without splits"
         if any(n < 16 or n & (n - 1) for n in (self.block_t, self.rows)) or self.rows < next_power_of_2(H):
             return "tiles and rows that are powers of two from 16 on, and rows for all heads"

@@ -159,7 +159,7 @@ class BackwardPlan(Plan):
     ) -> tuple[list[Any], dict[str, int]]:
         """Return the arguments of `_sel_bwd_rows` in order, and its options; count: of query tiles that may share."""
         q, k, v, _, out, lse, dout, dlse = saved
-        k_desc, v_desc, _, _ = self.described(k, v, placed)  # its launches have no narrow last chunks
+        k_desc, v_desc = self.described(k, v, placed)
         values = self.values | self._placed(placed) | {"n_spans": ranges.shape[3]}
         TQ = self.sharing.TQ if self.sharing is not None and count is not None else 1
         values |= {"TQ": TQ, "EACH": min(TQ, ROWS_EACH)}

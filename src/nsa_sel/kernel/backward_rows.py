@@ -22,7 +22,7 @@ def dot_of_rows(
     a, out_row, C: tl.constexpr, H: tl.constexpr, DV: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Sum each head's products of a chunk of dO with the same chunk of the result, in fp32."""
-    return tl.sum(a.to(tl.float32) * load_heads(out_row, DV, C, H, DV, BLOCK_H, BLOCK, BLOCK).to(tl.float32), 1)
+    return tl.sum(a.to(tl.float32) * load_heads(out_row, DV, C, H, DV, BLOCK_H, BLOCK).to(tl.float32), 1)
 
 
 @triton.jit
@@ -43,21 +43,21 @@ def take_tile(
     not select it must be finite: a weight of zero times NaN is NaN.
     """
     # V comes first: K is read for both of its products without a wait in between, so that neither is held in registers.
-    dp = scores(do0, do1, do2, do3, v, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
+    dp = scores(do0, do1, do2, do3, v, at_v, col_v, mask_l, DV, BLOCK_DV, TMA, False)
     zero = tl.zeros([q0.shape[0], mask_l.shape[0]], tl.float32)
-    k0 = load_tile(k, k, at_k, col_k, mask_l, 0, D, BLOCK_D, BLOCK_D, TMA, False, False)
+    k0 = load_tile(k, at_k, col_k, mask_l, 0, D, BLOCK_D, TMA, False, False)
     k1 = k0
     k2 = k0
     k3 = k0
     s = dot(q0, tl.trans(k0), zero)
     if D > BLOCK_D:
-        k1 = load_tile(k, k, at_k, col_k, mask_l, 1, D, BLOCK_D, BLOCK_D, TMA, False, False)
+        k1 = load_tile(k, at_k, col_k, mask_l, 1, D, BLOCK_D, TMA, False, False)
         s = dot(q1, tl.trans(k1), s)
     if D > 2 * BLOCK_D:
-        k2 = load_tile(k, k, at_k, col_k, mask_l, 2, D, BLOCK_D, BLOCK_D, TMA, False, False)
+        k2 = load_tile(k, at_k, col_k, mask_l, 2, D, BLOCK_D, TMA, False, False)
         s = dot(q2, tl.trans(k2), s)
     if D > 3 * BLOCK_D:
-        k3 = load_tile(k, k, at_k, col_k, mask_l, 3, D, BLOCK_D, BLOCK_D, TMA, False, False)
+        k3 = load_tile(k, at_k, col_k, mask_l, 3, D, BLOCK_D, TMA, False, False)
         s = dot(q3, tl.trans(k3), s)
     p = tl.exp2(s * scale_log2 - lse2[:, None])
     ds = p * (dp + minus_delta[:, None])
@@ -107,7 +107,7 @@ def take_row(
     offs_h = tl.arange(0, BLOCK_H)
     do_row = dout_ptr + row * (H * DV)
     out_row = out_ptr + row * (H * DV)
-    do0, do1, do2, do3 = load_q(do_row, DV, H, DV, BLOCK_H, BLOCK_DV, BLOCK_DV)
+    do0, do1, do2, do3 = load_q(do_row, DV, H, DV, BLOCK_H, BLOCK_DV)
     delta = dot_of_rows(do0, out_row, 0, H, DV, BLOCK_H, BLOCK_DV)
     if DV > BLOCK_DV:
         delta += dot_of_rows(do1, out_row, 1, H, DV, BLOCK_H, BLOCK_DV)
@@ -123,7 +123,7 @@ def take_row(
     tl.store(stat_at, lse2, mask=offs_h < H)
     tl.store(stat_at + 1, -delta, mask=offs_h < H)
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
-    q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D, BLOCK_D)
+    q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D)
     zero = tl.where(offs_h < H, delta, 0.0) * 0.0 + times_zero(q0)
     if D > BLOCK_D:
         zero += times_zero(q1)

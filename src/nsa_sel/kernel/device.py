@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +23,7 @@ INTERPRETED = tiles.INTERPRETED.value
 # Zeroed counters set aside for CUDA graphs, 1 MiB per device; each captured call whose rows are split takes its own.
 GRAPH_COUNTERS = 1 << 18
 
-Boxes = tuple[int | None, ...]  # the columns of a kernel's descriptors, None for one that it does without
+Boxes = tuple[int, ...]  # the columns of a kernel's descriptors of K and V; none where it has no place for them
 
 _gpus: dict[torch.device, Gpu] = {}
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -101,29 +100,21 @@ def descriptor(x: Tensor, rows: int, columns: int, block: list[int]) -> Any:
 
 
 def descriptors(kv: tuple[Tensor, Tensor], rows: int, columns: tuple[int, int], block_l: int, boxes: Boxes) -> tuple:
-    """Return the descriptors of K and V by turns, for tiles of block_l tokens; None where the kernel takes none.
+    """Return the descriptors of K and V, for tiles of block_l tokens.
 
     boxes: the columns of each descriptor's tiles. rows, columns: of the matrices of K and V.
     """
-    each = zip(boxes, itertools.cycle(kv), itertools.cycle(columns), strict=False)
-    return tuple(None if width is None else descriptor(x, rows, n, [block_l, width]) for width, x, n in each)
+    each = zip(boxes, kv, columns, strict=True)
+    return tuple(descriptor(x, rows, n, [block_l, width]) for width, x, n in each)
 
 
 def direct_descriptors(
-    describe: Any,
-    addresses: tuple[int, int],
-    rows: int,
-    columns: tuple[int, int],
-    strides: tuple[int, int],
-    boxes: Boxes,
+    describe: Any, addresses: tuple[int, int], rows: int, columns: tuple[int, int], strides: tuple[int, int]
 ) -> tuple:
     """Return the same as a compiled kernel takes them; addresses: of K and V; describe: of its direct launch."""
     bind_context()
-    made: list[Any] = []
-    which = itertools.count()  # of the descriptors that the kernel takes
-    for width, at, n, stride in zip(boxes, *map(itertools.cycle, (addresses, columns, strides)), strict=False):
-        made += (None,) if width is None else describe(at, rows, n, stride, next(which))
-    return tuple(made)
+    each = enumerate(zip(addresses, columns, strides, strict=True))
+    return tuple(part for which, (at, n, stride) in each for part in describe(at, rows, n, stride, which))
 
 
 def workspace(device: torch.device, stream: int, n_counters: int, n_floats: int) -> tuple[Tensor, Tensor]:

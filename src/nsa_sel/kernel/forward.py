@@ -19,7 +19,7 @@ from .tiles import attend, load_q, load_spans
 
 # Tensors stand first in the signature: the direct launch passes their addresses, and everything else as it was.
 POINTERS = ("q", "k", "v", "ranges", "out", "lse", "part", "count")
-TENSOR_ARGS = [*(f"{name}_ptr" for name in POINTERS), "k_desc", "v_desc", "k_last_desc", "v_last_desc"]
+TENSOR_ARGS = [*(f"{name}_ptr" for name in POINTERS), "k_desc", "v_desc"]
 SIZE_ARGS = ["S", "G", "S_kv", "n_spans", "splits"]
 STRIDE_ARGS = [
     f"stride_{tensor}{axis}"
@@ -31,8 +31,7 @@ STRIDE_ARGS = [
 @triton.jit
 def attend_row(
     b, s, g, split, rank,
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr,
-    k_desc, v_desc, k_last_desc, v_last_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
     scale_log2, S, G, S_kv, n_spans, splits,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
@@ -41,24 +40,22 @@ def attend_row(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
     UNIT: tl.constexpr, WIDE: tl.constexpr, VIEW: tl.constexpr,                                # what may be assumed
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LAST_D: tl.constexpr, LAST_DV: tl.constexpr, LOAD: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
 ):  # fmt: skip
     """Compute the selection attention of row (b, s, g), or one part of it; the rest as `_sel_fwd` takes it."""
     out_row = (b * S + s) * G + g
 
     q_row = q_ptr + (b * stride_qb + s * stride_qs + g * stride_qg) * UNIT
-    q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D, LAST_D)
+    q0, q1, q2, q3 = load_q(q_row, stride_qh.to(tl.int64) * UNIT, H, D, BLOCK_H, BLOCK_D)
     m_i = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_H], tl.float32)
     if LATE_SUM:
         l_i = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
     acc0 = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
-    last = tl.zeros([BLOCK_H, LAST_DV], tl.float32)
-    acc1 = acc0 if DV > 2 * BLOCK_DV else last
-    acc2 = acc0 if DV > 3 * BLOCK_DV else last
-    acc3 = last
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
 
     offs_l = tl.arange(0, BLOCK_L)
     row_ptr = ranges_ptr + b * stride_rb + s * stride_rs + g * stride_rg
@@ -105,22 +102,18 @@ def attend_row(
                 token += tl.sum(tl.where(span_end[:, None] <= position[None, :], gap[:, None], 0), axis=0)
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                k_row, v_row, k_row, v_row, token * step_k, token * step_v, None, None, mask_l,
+                k_row, v_row, token * step_k, token * step_v, None, None, mask_l,
                 D, DV, BLOCK_D, BLOCK_DV, False, True, SKIP,
             )  # fmt: skip
     else:
         # Whole tiles are numbered span after span, as tokens are; the tails follow them, likewise.
-        n_tiles = 0
-        tail = start
-        if WHOLE:
-            n_tiles = (end - start) // BLOCK_L
-            tail = start + n_tiles * BLOCK_L
+        n_tiles = (end - start) // BLOCK_L
+        tail = start + n_tiles * BLOCK_L
         n_tails = tl.cdiv(end - tail, TAIL_L)
         if BLOCK_N > 1:
-            if WHOLE:
-                gap = next_start - tail
-                tiles_end = tl.cumsum(n_tiles, 0)
-                n_tiles = tl.sum(n_tiles)
+            gap = next_start - tail
+            tiles_end = tl.cumsum(n_tiles, 0)
+            n_tiles = tl.sum(n_tiles)
             tails_end = tl.cumsum(n_tails, 0)
             first_tail = tails_end - n_tails
             n_tails = tl.sum(n_tails)
@@ -134,22 +127,18 @@ def attend_row(
         desc_row = (b * stride_kb + g * stride_kg).to(tl.int32) if VIEW else (b * G + g).to(tl.int32) * S_kv
         if COLUMNS:
             desc_row = (b * stride_kb).to(tl.int32)
-        k_last = k_desc if k_last_desc is None else k_last_desc
-        v_last = v_desc if v_last_desc is None else v_last_desc
-        if WHOLE:
-            for t in range(lo, tl.minimum(hi, n_tiles)):
-                token = first + t * BLOCK_L
-                if BLOCK_N > 1:
-                    token += tl.sum(tl.where(tiles_end <= t, gap, 0))
-                tokens = token + offs_l
-                at = (desc_row + token).to(tl.int32)
-                acc0, acc1, acc2, acc3, m_i, l_i = attend(
-                    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-                    k_desc if TMA else k_row, v_desc if TMA else v_row,
-                    k_last if TMA else k_row, v_last if TMA else v_row,
-                    at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, offs_l < BLOCK_L,
-                    D, DV, BLOCK_D, BLOCK_DV, TMA, False, False,
-                )  # fmt: skip
+        for t in range(lo, tl.minimum(hi, n_tiles)):
+            token = first + t * BLOCK_L
+            if BLOCK_N > 1:
+                token += tl.sum(tl.where(tiles_end <= t, gap, 0))
+            tokens = token + offs_l
+            at = (desc_row + token).to(tl.int32)
+            acc0, acc1, acc2, acc3, m_i, l_i = attend(
+                q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
+                k_desc if TMA else k_row, v_desc if TMA else v_row,
+                at if TMA else tokens * step_k, at if TMA else tokens * step_v, col_k, col_v, offs_l < BLOCK_L,
+                D, DV, BLOCK_D, BLOCK_DV, TMA, False, False,
+            )  # fmt: skip
         for t in tl.range(tl.maximum(lo, n_tiles) - n_tiles, hi - n_tiles, num_stages=TAIL_STAGES):
             token = tail + t * TAIL_L
             tail_end = end
@@ -164,7 +153,6 @@ def attend_row(
             acc0, acc1, acc2, acc3, m_i, l_i = attend(
                 q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
                 k_desc if TAIL_TMA else k_row, v_desc if TAIL_TMA else v_row,
-                k_last if TAIL_TMA else k_row, v_last if TAIL_TMA else v_row,
                 at if TAIL_TMA else tokens * step_k, at if TAIL_TMA else tokens * step_v, col_k, col_v, mask_l,
                 D, DV, BLOCK_D, BLOCK_DV, TAIL_TMA, True, False,
             )  # fmt: skip
@@ -177,7 +165,7 @@ def attend_row(
     if not SPLIT:
         store_row(out_at, lse_ptr, acc0, acc1, acc2, acc3, m_i, l_i, H, DV, BLOCK_H, BLOCK_DV)
     else:
-        DV_PAD: tl.constexpr = (DV - 1) // BLOCK_DV * BLOCK_DV + LAST_DV
+        DV_PAD: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV * BLOCK_DV
         RESULT: tl.constexpr = H * (BLOCK_M + 2) if CLUSTER > 1 else 0
         PART: tl.constexpr = H * (DV_PAD + 2) + RESULT
         parts_at = part_ptr + out_row * splits * PART
@@ -195,8 +183,7 @@ def attend_row(
 
 @triton.jit(do_not_specialize=SIZE_ARGS + STRIDE_ARGS)
 def _sel_fwd(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr,
-    k_desc, v_desc, k_last_desc, v_last_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
     scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32, splits: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
     stride_kb, stride_kg, stride_kt,
@@ -205,8 +192,7 @@ def _sel_fwd(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,                                        # shape
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,         # what may be assumed
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LAST_D: tl.constexpr, LAST_DV: tl.constexpr, LOAD: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,   # merge
 ):  # fmt: skip
     """Compute the selection attention of row (b, s, g): program (b·S + s, g, part of the row).
@@ -230,13 +216,12 @@ def _sel_fwd(
     split = tl.program_id(2) * CLUSTER + rank
     attend_row(
         b, s, g, split, rank,
-        q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr,
-        k_desc, v_desc, k_last_desc, v_last_desc,
+        q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, part_ptr, count_ptr, k_desc, v_desc,
         scale_log2, S, G, S_kv, n_spans, splits,
         stride_qb, stride_qs, stride_qg, stride_qh,
         stride_kb, stride_kg, stride_kt,
         stride_vb, stride_vg, stride_vt,
         stride_rb, stride_rs, stride_rg, stride_rn,
-        H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N, LAST_D, LAST_DV,
-        LOAD, WHOLE, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+        H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+        LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
     )  # fmt: skip

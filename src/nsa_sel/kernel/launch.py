@@ -133,7 +133,7 @@ class Plan:
         self.n_counters = B * S * G * config.counters
         self.part_size = B * S * G * config.splits * config.part_floats(H, Dv)
         self.tma = config.load == "tma"
-        self.boxes = config.boxes(D, Dv)
+        self.boxes = config.block_d, config.block_dv
         lie = lie_of(k, v)
         of_q, of_ranges = ([0 if x.shape[i] == 1 else x.stride(i) for i in range(4)] for x in (q, ranges))
         self.token_strides = of_tokens = (k.stride(2), v.stride(2))
@@ -156,7 +156,7 @@ class Plan:
             **{f"stride_r{axis}": n for axis, n in zip("bsgn", of_ranges, strict=True)},
             **{"H": H, "D": D, "DV": Dv, "UNIT": unit, "WIDE": S_kv > narrow, "QUERIES": S > 1},
             **{"VIEW": view, "COLUMNS": matrices is not None and any(matrix.column for matrix in matrices)},
-            **config.constants(H, D, Dv, n_spans),
+            **config.constants(H, Dv, n_spans),
         }
         self.options: dict[str, int] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers:
@@ -288,5 +288,5 @@ class Plan:
 
     def _describe(self, describe: Any, k_at: int, v_at: int, rows: int, columns: tuple[int, int]) -> tuple:
         """Make the descriptors of K and V as the compiled kernel takes them, and keep them for the next call."""
-        made = direct_descriptors(describe, (k_at, v_at), rows, columns, self.token_strides, self.boxes)
+        made = direct_descriptors(describe, (k_at, v_at), rows, columns, self.token_strides)
         return remember(self.descriptors, (k_at, v_at, rows), made, MAX_KEPT)

@@ -12,7 +12,6 @@ MAX_SPANS = SPAN_BUCKETS[-1]
 MAX_GROUPS = 65535  # CUDA's limit on the second grid dimension
 MAX_CHUNKS = 4  # column chunks of D or Dv that the kernel can hold
 SMALLEST_SHARED_BYTES = 101_376  # what a program may use on sm_86, 89 and 120
-NARROWEST = 32  # columns of a last chunk: four warps that share 16 of them take up to twice the registers
 MERGE_UNROLL = 8  # parts that the merge loads together
 MERGE_REGISTERS = 128  # of each thread, that hold them
 
@@ -24,9 +23,7 @@ class LaunchConfig:
     load: "gather" (every token has its own address), "whole" (tiles inside a span through pointers) or "tma" (those
     tiles through TMA descriptors). block_l: tokens per tile. block_d, block_dv: columns per chunk of D and Dv. splits:
     programs per row. max_registers: the limit of each thread, 0 for none. cluster: programs of a row that merge as a
-    thread-block cluster; it divides splits. With 1 the program that arrives last merges all. narrow: the last of
-    several chunks is only as wide as the columns that are left. masked: "whole" and "tma" read every tile of a span in
-    the one loop of masked tiles, in which spans need not fill a tile.
+    thread-block cluster; it divides splits. With 1 the program that arrives last merges all.
     Source: docs/kernel.md.
     """
 
@@ -39,13 +36,10 @@ class LaunchConfig:
     splits: int = 1
     max_registers: int = 0
     cluster: int = 1
-    narrow: bool = False
-    masked: bool = False
 
     def __str__(self) -> str:
         more = f" r{self.max_registers}" if self.max_registers else ""
         more += f" cluster{self.cluster}" if self.cluster > 1 else ""
-        more += " narrow" * self.narrow + " masked" * self.masked
         return (
             f"{self.load} BL{self.block_l} BD{self.block_d} BDV{self.block_dv} "
             f"w{self.num_warps} s{self.num_stages} split{self.splits}{more}"
@@ -57,7 +51,7 @@ class LaunchConfig:
 
     def part_floats(self, H: int, Dv: int) -> int:
         """Return how many fp32 values each part of a row leaves in the workspace."""
-        own = H * (self.padded(Dv, self.block_dv) + 2)
+        own = H * (padded_width(Dv, self.block_dv) + 2)
         return own + H * (self._merge(H, Dv)[0] + 2) if self.cluster > 1 else own
 
     @property
@@ -75,8 +69,6 @@ class LaunchConfig:
 
     def _tail(self, H: int) -> tuple[int, int]:
         """Return tokens per tile and stages of the loop over the tails: what whole tiles leave of each span."""
-        if self.masked:
-            return self.block_l, self.num_stages
         if self.num_warps < 4 or self.block_l > 32 * self.num_warps:  # a masked tile as large takes many registers
             return 16, 2 if self.num_warps == 1 else 1
         # Of more than 32 heads products read K and V in shared memory (wgmma). Without a pipeline K and V take turns in
@@ -88,22 +80,6 @@ class LaunchConfig:
         """Return into how many column chunks the wider cut of D and Dv falls; the kernel holds up to MAX_CHUNKS."""
         return max(-(-D // self.block_d), -(-Dv // self.block_dv))
 
-    def last_chunk(self, width: int, block: int) -> int:
-        """Return the columns of the last chunk of D or Dv, which the kernel reads in chunks of `block`."""
-        if not self.narrow or width <= block:
-            return block
-        return min(block, max(NARROWEST, next_power_of_2((width - 1) % block + 1)))
-
-    def boxes(self, D: int, Dv: int) -> tuple[int | None, ...]:
-        """Return the columns of the TMA descriptors: of K, of V, and of the last chunks of both where these differ."""
-        blocks = self.block_d, self.block_dv
-        last = [self.last_chunk(width, block) for width, block in zip((D, Dv), blocks, strict=True)]
-        return *blocks, *(None if a == b else a for a, b in zip(last, blocks, strict=True))
-
-    def padded(self, width: int, block: int) -> int:
-        """Return the columns of D or Dv with those that its last chunk adds."""
-        return padded_width(width, block) - block + self.last_chunk(width, block)
-
     def problem(self, D: int, Dv: int) -> str | None:
         """Say what is expected in place of a launch that would compute these widths wrongly, or not at all."""
         if self.load not in LOADS:
@@ -114,13 +90,11 @@ class LaunchConfig:
             return f"at most {MAX_CHUNKS} column chunks of D={D} and of Dv={Dv}"
         if self.num_warps not in (1, 2, 4, 8, 16, 32) or self.num_stages < 1 or self.max_registers < 0:
             return "num_warps that is a power of two up to 32, a stage or more, and a limit on registers or 0"
-        if self.masked and self.load == "gather":
-            return "masked tiles of a span, which a gather does not have"
         if self.splits < 1 or self.cluster < 1 or self.splits % self.cluster:
             return "splits that are a multiple of cluster"
         return None
 
-    def constants(self, H: int, D: int, Dv: int, n_spans: int) -> dict[str, object]:
+    def constants(self, H: int, Dv: int, n_spans: int) -> dict[str, object]:
         """Return the kernel's compile-time arguments that follow from the launch, by name."""
         block_m, unroll = self._merge(H, Dv)
         tail_l, tail_stages = self._tail(H)
@@ -128,8 +102,6 @@ class LaunchConfig:
             "BLOCK_H": padded_heads(H),
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
-            "LAST_D": self.last_chunk(D, self.block_d),
-            "LAST_DV": self.last_chunk(Dv, self.block_dv),
             "BLOCK_L": self.block_l,
             "BLOCK_N": span_bucket(n_spans),
             "BLOCK_M": block_m,
@@ -137,7 +109,6 @@ class LaunchConfig:
             "SPLIT": self.splits > 1,
             "CLUSTER": self.cluster,
             "LOAD": self.load,
-            "WHOLE": not self.masked,
             "TAIL_L": tail_l,
             "TAIL_STAGES": tail_stages,
             # Where few warps share a tile, each thread's own sums would take too many registers.
@@ -167,7 +138,7 @@ def chunk_width(width: int) -> int:
 
 
 def padded_width(width: int, block: int) -> int:
-    """Return the columns of D or Dv in whole chunks."""
+    """Return the columns of D or Dv with those that its last chunk adds."""
     return -(-width // block) * block
 
 
@@ -176,7 +147,7 @@ def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: 
 
     Products of fp32 run without tensor cores and take all their operands from there: q and the weights too.
     """
-    k_columns, v_columns = config.padded(D, config.block_d), config.padded(Dv, config.block_dv)
+    k_columns, v_columns = padded_width(D, config.block_d), padded_width(Dv, config.block_dv)
     block_h = padded_heads(H)
     if config.num_stages > 1:
         columns = (config.num_stages - 1) * (k_columns + v_columns)
@@ -184,8 +155,6 @@ def shared_memory(config: LaunchConfig, H: int, D: int, Dv: int, element_bytes: 
         columns = k_columns + v_columns
     else:  # without a pipeline K and V pass through shared memory one after the other
         columns = max(k_columns, v_columns)
-    if config.masked and config.load == "tma" and config.num_stages > 1:
-        columns += config.block_dv  # a chunk of V without what lies behind the span
     tiles = columns * config.block_l * element_bytes
     exchange = block_h * (config.block_l + config.block_dv) * 4
     operands = block_h * (config.block_l + k_columns) * 4 + 256 if element_bytes == 4 else 0

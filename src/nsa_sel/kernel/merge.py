@@ -17,9 +17,9 @@ def store_columns(
     out_row, acc, denom, C: tl.constexpr, H: tl.constexpr, DV: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Write acc, which has the columns from C·BLOCK_DV on of one row of the result."""
+    """Write columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of one row of the result."""
     offs_h = tl.arange(0, BLOCK_H)
-    offs_v = C * BLOCK_DV + tl.arange(0, acc.shape[1])
+    offs_v = C * BLOCK_DV + tl.arange(0, BLOCK_DV)
     mask = (offs_h < H)[:, None] & (offs_v < DV)[None, :]
     at = out_row + offs_h[:, None] * DV + offs_v[None, :]
     tl.store(at, (acc * (1.0 / denom)[:, None]).to(out_row.dtype.element_ty), mask=mask)
@@ -45,12 +45,9 @@ def store_row(
 
 
 @triton.jit
-def store_chunk(
-    part_ptr, acc, mask, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr
-):
-    """Write acc, which has the columns from C·BLOCK_DV on of a part's result."""
-    offs_v = C * BLOCK_DV + tl.arange(0, acc.shape[1])
-    tl.store(part_ptr + tl.arange(0, BLOCK_H)[:, None] * DV_PAD + offs_v[None, :], acc, mask=mask)
+def part_columns(part_ptr, C: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Return the addresses of columns [C·BLOCK_DV, (C+1)·BLOCK_DV) of a part's acc."""
+    return part_ptr + tl.arange(0, BLOCK_H)[:, None] * DV_PAD + (C * BLOCK_DV + tl.arange(0, BLOCK_DV))[None, :]
 
 
 @triton.jit
@@ -61,13 +58,13 @@ def store_part(
     """Write what one program knows of a row that is split over several."""
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    store_chunk(part_ptr, acc0, mask_h[:, None], 0, DV_PAD, BLOCK_H, BLOCK_DV)
+    tl.store(part_columns(part_ptr, 0, DV_PAD, BLOCK_H, BLOCK_DV), acc0, mask=mask_h[:, None])
     if DV > BLOCK_DV:
-        store_chunk(part_ptr, acc1, mask_h[:, None], 1, DV_PAD, BLOCK_H, BLOCK_DV)
+        tl.store(part_columns(part_ptr, 1, DV_PAD, BLOCK_H, BLOCK_DV), acc1, mask=mask_h[:, None])
     if DV > 2 * BLOCK_DV:
-        store_chunk(part_ptr, acc2, mask_h[:, None], 2, DV_PAD, BLOCK_H, BLOCK_DV)
+        tl.store(part_columns(part_ptr, 2, DV_PAD, BLOCK_H, BLOCK_DV), acc2, mask=mask_h[:, None])
     if DV > 3 * BLOCK_DV:
-        store_chunk(part_ptr, acc3, mask_h[:, None], 3, DV_PAD, BLOCK_H, BLOCK_DV)
+        tl.store(part_columns(part_ptr, 3, DV_PAD, BLOCK_H, BLOCK_DV), acc3, mask=mask_h[:, None])
     tl.store(part_ptr + H * DV_PAD + offs_h, m_i, mask=mask_h)
     tl.store(part_ptr + H * (DV_PAD + 1) + offs_h, l_i, mask=mask_h)
 

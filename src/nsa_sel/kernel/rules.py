@@ -1,28 +1,34 @@
-"""The launch of a call that no tuned table knows: which variant, tile, split, warps and stages, and by which rule."""
+"""The launch of a call that no tuned table knows: which variant, tile, split, warps and stages, and by which rule.
+
+The tile comes from the first rule of a ladder that applies, the parts of a row from one formula. Most limits stand
+between points that were measured on an H200, and are round. What each rule is worth: docs/kernel.md, "The rules".
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .call import Call, Gpu
-from .launch_config import LaunchConfig, chunk_width, next_power_of_2, padded_heads, shared_memory
+from .launch_config import LaunchConfig, chunk_width, padded_heads, padded_width, shared_memory
 
 MAX_SPLITS = 64  # one program merges them all
-FILL = 0  # splits that a rule leaves to `_splits`
 
 
 @dataclass(frozen=True)
 class Choice:
     """Hold a launch and why it is this one.
 
-    rule: what decided, in words. wanted: the rule's launch before it was made to fit into shared memory. filled: the
-    rule leaves the number of parts to `_splits`.
+    rule: what decided the tile, in words. parts: likewise its parts. wanted: the launch before it was made to fit into
+    shared memory.
     """
 
     launch: LaunchConfig
     rule: str
+    parts: str
     wanted: LaunchConfig
-    filled: bool = False
 
     @property
     def reason(self) -> str:
@@ -34,12 +40,21 @@ class Choice:
         """Return what decided each field of the launch, by its name."""
         found = dict.fromkeys(vars(self.launch), self.rule)
         found |= dict.fromkeys(("block_d", "block_dv"), "the power of two that pads least in at most 4 chunks")
+        found |= dict.fromkeys(("splits", "cluster"), self.parts)
         if not self.launch.max_registers:
             found["max_registers"] = "no rule asks for a limit"
-        if self.filled:
-            found["splits"] = "parts of enough tokens to pay for the merge, until programs fill the GPU"
         changed = [name for name, value in vars(self.launch).items() if value != getattr(self.wanted, name)]
         return found | {name: f"{getattr(self.wanted, name)}, made to fit into shared memory" for name in changed}
+
+
+class Tile(NamedTuple):
+    """Name how tokens are loaded, how many at a time, and by how many warps; max_registers: as in `LaunchConfig`."""
+
+    load: str
+    block_l: int
+    num_warps: int
+    num_stages: int
+    max_registers: int = 0
 
 
 def choose(call: Call, gpu: Gpu) -> LaunchConfig:
@@ -49,215 +64,104 @@ def choose(call: Call, gpu: Gpu) -> LaunchConfig:
 
 def decide(call: Call, gpu: Gpu) -> Choice:
     """Choose the launch of a call on a GPU, and say by which rule."""
-    N, max_len, n_spans, sm_count = max(call.N, 1), call.max_len, call.n_spans, gpu.sm_count
-    H, D, Dv = call.H, call.D, call.Dv
-    has_tma, has_clusters = gpu.has_tma and call.fits_tma, gpu.has_clusters
-    block_d, block_dv = chunk_width(D), chunk_width(Dv)
-    row_warps = padded_heads(H) // 16  # warps that one tile of heads can keep busy without sharing its rows
-    rows_per_sm = N / sm_count
-    mean_span = max_len / max(n_spans, 1)
-
-    def config(
-        rule: str,
-        load: str,
-        block_l: int,
-        num_warps: int,
-        num_stages: int,
-        splits: int = 1,
-        registers: int = 0,
-        cluster: int = 1,
-    ) -> Choice:
-        parts = splits or _splits(N, max_len, sm_count)
-        wanted = LaunchConfig(load, block_l, block_d, block_dv, num_warps, num_stages, parts, registers, cluster)
-        return Choice(_fit(wanted, call, gpu.shared_bytes), rule, wanted, splits == FILL)
-
-    # Tiles of fp32 that come by TMA would pass through shared memory twice.
-    tiles = "tma" if has_tma and call.element_bytes == 2 else "whole"
-    if n_spans > 64:  # a program holds all its row's spans in registers
-        load, block_l, num_stages = ("gather", 16, 2) if mean_span < 64 else (tiles, 64, 3)
-        num_warps = 8 if n_spans > 256 else 4
-        if has_clusters and load == "tma" and sm_count >= 32 * N:
-            splits, rule = _every_processor(N, sm_count), "few rows of more than 64 long spans: parts on every SM"
-            return config(rule, load, 64, num_warps, num_warps // 4 + 2, splits, 0, 8 if max_len <= 256 * splits else 2)
-        rule = f"more than 64 {'short' if mean_span < 64 else 'long'} spans: warps that hold them in registers"
-        return config(rule, load, block_l, num_warps, num_stages, FILL)
-    if call.element_bytes == 4:
-        return config("fp32: products without tensor cores, from shared memory", "gather", 32, 4, 2, FILL)
-    if row_warps > 1 or D + Dv > 384:
-        rule = "more than 16 heads, or D + Dv above 384: registers for tiles of 64 alone"
-        return config(rule, "gather" if mean_span < 64 else tiles, 64, 4, 2, FILL)
-    if call.shared_kv and n_spans > 1 and mean_span >= 32 and rows_per_sm >= 4:
-        rule = "prefill of blocks: rows share K and V in L2, one warp per program"
-        if not has_tma:
-            return config(rule, "whole", 32, 1, 2)
-        if D + Dv <= 256:
-            return config(rule, "tma", 64, 1, 2, registers=232)
-        return config(f"{rule}, wide rows", "tma", 32, 1, 2, registers=152)
-    if has_clusters and has_tma and (n_spans > 1 or call.one_length):
-        clustered = _clustered(N, max_len, n_spans, D + Dv, sm_count)
-        if clustered is not None:
-            return config(*clustered)
-    if n_spans == 1 and call.one_length and has_tma and max_len > 32 and D + Dv <= 256:
-        large = config(*_one_span(N, max_len, D + Dv, sm_count))
-        if (
-            large.launch.load == "gather" or max_len % large.launch.block_l == 0
-        ):  # most of these tiles leave their rest to small ones
-            return large
-    if n_spans == 1 and not call.one_length and has_tma and 128 < D + Dv <= 256:
-        unequal = _unequal(N, max_len, sm_count, has_clusters)
-        if unequal is not None:
-            return config(*unequal)
-    some_spans = 1 < n_spans <= 8
-    if max_len <= 16:
-        return config("rows of up to 16 tokens: one tile", "gather", 16, 1 if rows_per_sm >= 1 or some_spans else 2, 2)
-    if max_len <= 32:
-        if rows_per_sm >= 4:
-            return config("many rows of up to 32 tokens: small programs", "gather", 16, 1, 2)
-        return config("rows of up to 32 tokens: one tile", "gather", 32, 2, 2 if some_spans else 3)
-    # Few spans of unknown lengths leave much of a row outside whole tiles; many long ones are a selection's blocks.
-    # A block of 64 that ends at the context may be shorter: the mean of more than 8 blocks may fall to 57.
-    whole = mean_span >= (56 if n_spans > 8 else 64) and ((n_spans == 1 and has_tma) or n_spans > 8)
-    if rows_per_sm >= 4 and not whole:
-        return config("many rows, not in whole tiles: small programs", "gather", 16, 1, 3)
-    if rows_per_sm >= 4 and max_len <= 256:
-        if D + Dv > 192:
-            return config("many wide rows of up to 256 tokens", "gather", 64, 4, 2)
-        return config("many rows of up to 256 tokens: small programs", "gather", 16, 1, 3)
-    if some_spans and D + Dv > 128 and (rows_per_sm >= 1 or max_len <= 64):
-        return config("2 to 8 spans, and rows for every SM or short ones: two warps", "gather", 64, 2, 3)
-    if D + Dv <= 128:
-        if max_len <= 64:
-            return config("narrow rows of up to 64 tokens: one tile", "gather", 64, 2, 2)
-        if max_len <= 256 and rows_per_sm >= 1:
-            if max_len <= 128:
-                return config("narrow rows of up to 128 tokens: one tile", "gather", 128, 4, 2)
-            return config("narrow rows of up to 256 tokens", "gather", 64, 2, 3)
-        return config("narrow rows: tiles of 128", "gather", 128, 4, 2 if rows_per_sm >= 4 else 3, FILL)
-    if whole and max_len > 64:
-        many = rows_per_sm > 3 if D + Dv > 192 else rows_per_sm >= 4  # more programs than find a place with 3 stages
-        stages = 2 if many or (rows_per_sm >= 1 and max_len <= 256) else 3
-        return config("long spans: whole tiles", tiles, 64, 4 if Dv > 64 else 2, stages, FILL)
-    if rows_per_sm < 1 and max_len >= 128:
-        large = config("fewer rows than SMs, not in whole tiles: tiles of 128", "gather", 128, 4, 3, FILL)
-        if large.launch.block_l == 64 and large.launch.splits > 1:
-            # The compiler for sm_86 and 89 gives these 96 registers, and spills.
-            launch, wanted = (replace(each, max_registers=160) for each in (large.launch, large.wanted))
-            return replace(large, launch=launch, wanted=wanted)
-        return large
-    return config("no rule for more: tiles of 64", "gather", 64, 4, 2 if max_len <= 64 else 3)
+    call = replace(call, N=max(call.N, 1), n_spans=max(call.n_spans, 1))
+    splits, cluster, parts = _parts(call, gpu)
+    rule, tile = next((rule, tile) for applies, rule, tile in _tiles(call, gpu, splits) if applies)
+    limit = gpu.shared_bytes
+    if cluster > 2 and 2 * call.N * splits > gpu.sm_count:
+        # Not every group of multiprocessors is a multiple of a cluster: two programs must find a place on one.
+        limit //= 2
+        if cluster == 8 and call.N * splits > gpu.sm_count:
+            tile = tile._replace(num_stages=min(tile.num_stages, 2))
+    (load, block_l, warps, stages, registers), widths = tile, (chunk_width(call.D), chunk_width(call.Dv))
+    wanted = LaunchConfig(load, block_l, *widths, warps, stages, splits, registers, cluster)
+    launch = _fit(wanted, call, limit)
+    of_64 = (launch.load, launch.block_l, warps, launch.num_stages) == ("gather", 64, 4, 3)
+    if not gpu.has_clusters and splits > 1 and of_64 and call.H <= 32:
+        # The compiler for sm_80, 86 and 89 gives these 96 or 168 registers, and spills.
+        launch, wanted = (replace(each, max_registers=160) for each in (launch, wanted))
+    return Choice(launch, rule, parts, wanted)
 
 
-def _one_span(N: int, max_len: int, width: int, sm_count: int) -> tuple[str, str, int, int, int, int]:
-    """Choose the arguments of `config` for rows of one span and length, D + Dv = width <= 256, with TMA."""
-    rows_per_sm = N / sm_count
-    if rows_per_sm >= 4:  # small programs
-        if width <= 192 and max_len <= 256:
-            return "many short rows of one length: small programs", "gather", 16, 1, 3, 1
-        rule = "many rows of one span and length: two warps"
-        return (rule, "tma", 128, 2, 2, 1) if width <= 192 else (rule, "tma", 64, 4 if max_len <= 64 else 2, 2, 1)
-    if max_len <= 64:
-        rule = "rows of one span and length, up to 64 tokens: one tile"
-        if width <= 128:
-            return rule, "gather", 64, 2, 2, 1
-        return (rule, "tma", 64, 2, 2, 1) if rows_per_sm >= 1 else (rule, "gather", 64, 4, 2, 1)
-    if rows_per_sm >= 1:
-        return "rows of one span and length for every SM: tiles of 128", "tma", 128, 2, 2, 1
-    # One program a multiprocessor, or less: large tiles, and parts only where the merge costs less than they gain.
-    splits = 1
-    if max_len > 256 and sm_count >= 4 * N:
-        splits = min(max_len // 128, sm_count // N, MAX_SPLITS)
-    elif max_len >= 1024 and width <= 192:
-        splits = min(4, 2 * sm_count // N)
-    elif max_len > 1024:
-        splits = max(1, sm_count // N)
-    part, rule = -(-max_len // splits), "few rows of one span and length: large tiles, parts where the merge costs less"
-    return (rule, "tma", 128 if part <= 128 else 256, 4, 2, splits) if part <= 256 else (rule, "tma", 128, 4, 3, splits)
+def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]]:
+    """Yield rules: whether one applies, what for, and its tile. The first that applies decides."""
+    length, n, heads, rows_per_sm = call.max_len, call.n_spans, padded_heads(call.H), call.N / gpu.sm_count
+    d, dv = (padded_width(width, chunk_width(width)) for width in (call.D, call.Dv))
+    width, held = d + dv, heads * (d + 2 * dv)  # registers hold the result in fp32, and q in 16 bits
+    span, few, many, light = length / n, rows_per_sm < 1, rows_per_sm >= 3, heads == 16
+    # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
+    unequal = n == 1 and not call.one_length and rows_per_sm < 32
+    # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
+    one_warp = light or (many and n <= 256 and held <= (12_288 if heads == 32 else 6144))
+    warps = 1 if one_warp else 2 if heads == 32 and many else 4
+    # Tiles of fp32 that come by TMA would pass through shared memory twice; `wgmma` is fed by gathers.
+    tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2 and (heads < 64 or one_warp)
+    whole = "tma" if tma else "whole"
+    long = width <= 384 and span >= (32 if n <= 128 else 16)  # wider tiles of 32 do not fit into a warp's registers
+    blocks = many and one_warp and long and (call.shared_kv or (n > 8 and tma))
+    even = n == 1 and call.one_length and tma
+    large = even and length % 128 == 0  # what is left of tiles is read in small ones
+
+    yield n > 256, "more than 256 spans: 8 warps", Tile("gather", 16, 8, 2) if span < 64 else Tile(whole, 64, 8, 3)
+    yield call.element_bytes == 4, "fp32: products without tensor cores", Tile("gather", 16 if n > 64 else 32, 4, 2)
+    yield length <= 16, "rows of up to 16 tokens: one tile", Tile("gather", 16, warps, 2)
+    rule = "blocks of many rows: one warp streams whole tiles"
+    yield blocks and tma and span >= 64 and heads * width <= 4096, f"{rule} of 64", Tile("tma", 64, 1, 2, 232)
+    yield blocks, f"{rule} of 32", Tile(whole, 32, 1, 2, 152 if tma and 256 < width <= 320 else 0)
+    yield n > 8 and span >= 56 and not many and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
+    yield n > 128, "more than 128 short spans: 4 warps", Tile("gather", 32, 4, 2)
+    yield n > 64 and not (many and held <= 6144), "65 to 128 spans: 4 warps", Tile("gather", 64 if light else 32, 4, 2)
+    yield warps == 4 and heads == 64 and length < 128, "more than 32 heads, short rows", Tile("gather", 32, 4, 2)
+    yield warps == 4 and heads == 64, "more than 32 heads: 4 warps", Tile("gather", 64, 4, 3 if width <= 128 else 2)
+    yield length <= 32 and many, "many rows of up to 32 tokens: small programs", Tile("gather", 16, warps, 2)
+    yield length <= 32, "rows of up to 32 tokens: one tile", Tile("gather", 32, 2, 3)
+    rule = "rows of unequal lengths, many heads or narrow: two warps"
+    yield unequal and many and length > 128 and (not light or width <= 128), rule, Tile("gather", 64, 2, 3)
+    yield unequal and not many and not few and not light, f"{rule}, few rows", Tile("gather", 32, 2, 3)
+    rule = "rows of unequal lengths: the longest decide"
+    yield unequal and length > 256 and width <= 128, f"{rule}, narrow ones", Tile("gather", 128, 4, 3)
+    yield unequal and tma and length > (1024 if many else 256), f"{rule}, long ones", Tile("tma", 64, 4, 3)
+    yield unequal and length > 64 and (length > 256 or width > 192), rule, Tile("gather", 64, 4, 3)
+    yield even and many and length % 64 == 0 and width > 192, "many wide rows of one length", Tile("tma", 64, 2, 2)
+    yield large and not few and (length > 256 or not many), "rows of one length for every SM", Tile("tma", 128, 2, 2)
+    yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
+    yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
+    yield not few and width <= 128 and length > 256, "rows for every SM, narrow and long", Tile("gather", 128, 4, 3)
+    yield not few, "rows for every SM: two warps", Tile("gather", 64, 2, 3)
+    yield length <= 64, "few rows of one tile", Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
+    yield large and light and length <= 256, "few rows of one length and large tile", Tile("tma", length, 4, 2)
+    yield large and light, "few rows of one length", Tile("tma", 128, 4, 3)
+    yield splits <= 2 and light and n <= 8, "few rows in hardly any parts: large tiles", Tile("gather", 128, 4, 3)
+    yield True, "few rows: parts", Tile("gather", 64, 4, 3)
 
 
-def _unequal(N: int, max_len: int, sm_count: int, has_clusters: bool) -> tuple | None:
-    """Choose the arguments of `config` for rows of one span and of different, or unknown, lengths, with TMA.
+def _parts(call: Call, gpu: Gpu) -> tuple[int, int, str]:
+    """Return splits and cluster of a call, and why: parts that fill the GPU, if they save more than their merge costs.
 
-    None: as rows of one length. Where the longest rows decide, they are split more than filling the GPU would ask for.
+    A cluster merges in about the time that a program needs for 64 tokens, the last of many programs in twice that.
     """
-    rows_per_sm = N / sm_count
-    if rows_per_sm >= 4:
-        if max_len <= 256:
-            return None
-        rule = "many rows of unequal lengths: the longest decide"
-        return (rule, "gather", 64, 4, 3) if max_len <= 1024 else (rule, "tma", 64, 4, 3)
-    if max_len <= 256:
-        return ("rows of unequal lengths up to 256", "gather", 64, 4, 3) if max_len > 32 else None
-    few, rule = rows_per_sm <= 1 / 8, "rows of unequal lengths: split for the longest, as clusters"
-    if has_clusters and max_len > 1024:
-        return (rule, "tma", 64, 4, 3, 8, 0, 8) if few else (rule, "tma", 64, 4, 3, 4, 0, 4)
-    if has_clusters and rows_per_sm <= 1 / 2:
-        return (rule, "tma", 128, 4, 2, 4, 0, 4) if few else (rule, "tma", 128, 4, 3, 2, 0, 2)
-    return None
-
-
-def _clustered(
-    N: int, max_len: int, n_spans: int, width: int, sm_count: int
-) -> tuple[str, str, int, int, int, int, int, int] | None:
-    """Choose the arguments of `config` for few rows whose parts merge as clusters; None where that gains nothing.
-
-    Up to 8 programs form a cluster on any card. Clusters of 8 need multiprocessors with room for two programs; pairs
-    always fit. Splitting pays once a part has at least one tile. Where every multiprocessor streams many tiles, pairs
-    occupy more multiprocessors than clusters of 8 and are faster. width: D + Dv.
-    """
-    rows_per_sm = N / sm_count
-    if rows_per_sm > 1 / 2:
-        return None
-    few, quarter = rows_per_sm <= 1 / 16, rows_per_sm <= 1 / 4
-    per_sm = N * max_len / sm_count
-    tile = 128 if n_spans == 1 else 64
-    cluster = min(8, next_power_of_2(-(-max_len // tile)))
-    groups = max(1, min(max_len // 1024, sm_count // (16 * N))) if few and max_len >= 4096 else 1
-    if n_spans == 1:
-        if max_len <= 256 or max_len % 128:
-            return None
-        rule = "few rows of one span: parts merge as clusters"
-        if not quarter:
-            return (rule, "tma", 128, 4, 3, 2, 0, 2) if max_len >= (1024 if width <= 192 else 2048) else None
-        if few:
-            splits, every = cluster * groups, _every_processor(N, sm_count)
-            if sm_count // 16 % N == 0:  # one cluster of 8 for about 16 multiprocessors: more read no faster
-                return rule, "tma", 128, 4, 4 if max_len >= 1024 * splits else 3, splits, 0, cluster
-            if max_len >= 1024 * every:
-                return "few long rows of one span: pairs on every SM", "tma", 128, 4, 4, every, 0, 2
-            return rule, "tma", 128, 4, 3, splits, 0, cluster
-        if width <= 128 and per_sm <= 512:
-            return rule, "tma", 128, 4, 2, cluster, 0, cluster
-        if per_sm > 128:
-            return None
-        return (rule, "tma", 256, 4, 2, 4, 0, 4) if max_len == 1024 else (rule, "tma", 128, 4, 2, cluster, 0, cluster)
-    stages = 3 if rows_per_sm <= 1 / 8 else 2
-    if n_spans > 8 and max_len >= 56 * n_spans:  # a selection's blocks of 64, or longer spans
-        rule = "few rows of blocks: parts merge as clusters"
-        if not quarter:
-            return (rule, "tma", 64, 4, 3, 2, 0, 2) if max_len >= 1024 else None
-        if few and max_len >= 4096:
-            splits = min(8 * (max_len // 2048), _every_processor(N, sm_count))
-            return rule, "tma", 64, 4, 3, splits, 0, 8 if max_len <= 256 * splits else 2
-        return (rule, "tma", 64, 4, stages, cluster, 0, cluster) if max_len < 1024 * cluster else None
-    rule = "few rows of several spans: gathered parts merge as clusters"
-    if not quarter:
-        if max_len >= 1024:
-            return rule, "gather", 128, 4, 3, 2, 0, 2
-        return (rule, "gather", 64, 4, 3, 2, 0, 2) if max_len >= 512 and width > 192 else None
-    if per_sm > 128 or max_len < 256 or (max_len < 512 and stages == 2):
-        return None
-    return rule, "gather", 64, 4, stages, cluster * groups, 0, cluster
-
-
-def _every_processor(N: int, sm_count: int) -> int:
-    """Return how many parts a row has, a multiple of 8, so that few rows occupy every multiprocessor once."""
-    return min(sm_count // (8 * N) * 8, MAX_SPLITS)
-
-
-def _splits(N: int, max_len: int, sm_count: int) -> int:
-    """Split rows until the programs fill the GPU, as long as each part keeps enough tokens to pay for the merge."""
-    tokens = 128 if sm_count >= N * 16 else 256 if sm_count >= N * 4 else 512
-    return max(1, min(sm_count // N, max_len // tokens, MAX_SPLITS))
+    length, rows_per_sm = call.max_len, call.N / gpu.sm_count
+    if not (gpu.has_clusters and call.fits_tma):
+        part = 128 if rows_per_sm <= 1 / 16 else 256 if rows_per_sm <= 1 / 4 else 512
+        part *= 2 if gpu.has_tma and call.n_spans == 1 and call.one_length else 1  # in large tiles
+        why = f"parts of {part} tokens or more, until programs fill the GPU: the last to arrive merges"
+        return max(1, min(gpu.sm_count // call.N, length // part, MAX_SPLITS)), 1, why
+    longest = call.n_spans == 1 and not call.one_length  # few rows, if any, are as long as the longest
+    if longest and length > 256 and rows_per_sm <= 4 and (length > 1024 or rows_per_sm <= 1 / 2 or call.H > 16):
+        splits = (8 if rows_per_sm <= 1 / 8 else 4) // (1 if length > 1024 else 2)
+        why = "rows of unequal lengths are split for the longest, as clusters"
+    elif rows_per_sm > 1 or length < max(256, 2048 * rows_per_sm):
+        return 1, 1, "one part: a merge would cost more than it saves"
+    else:
+        most = 8 if rows_per_sm <= 1 / 4 else 4 if rows_per_sm <= 1 / 2 and length >= 2048 else 2
+        splits = min(most, 1 << round(math.log2(length / 64)))
+        why = "parts of about 64 tokens or more, until two programs a multiprocessor: a cluster merges"
+    room = gpu.sm_count // (8 * call.N), gpu.sm_count // (4 * call.N)  # clusters of a row: by 1 and by 2 programs an SM
+    clusters = min(max(room[0], min(room[1], 2)), length // 2048, MAX_SPLITS // 8)
+    if splits == 8 and clusters > 1:
+        # Where each multiprocessor streams many tiles, pairs occupy more of them than clusters of 8 do.
+        return 8 * clusters, 2 if length >= 8192 * clusters else 8, "few long rows: parts on every multiprocessor"
+    return splits, splits, why
 
 
 def _fit(config: LaunchConfig, call: Call, limit: int) -> LaunchConfig:

@@ -120,7 +120,7 @@ def share_tile(
         if TOGETHER:
             tokens = tl.minimum(tokens, S_kv - 1)
         at_k = at if TMA else tokens * step_k
-        s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
+        s_tile = scores(q0, q1, q2, q3, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
         if TOGETHER:
             s_tile, left = mask_partial(s_tile, i >= n_whole, start, end, token, HEADS, BLOCK_T)
             n_left += left
@@ -141,7 +141,7 @@ def share_tile(
             selects, left = selected_once(start, end, token, HEADS, BLOCK_T)
             n_left += left
             at_k = at if TMA else tokens * step_k
-            s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
+            s_tile = scores(q0, q1, q2, q3, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
             acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
                 s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v_tiles, at if TMA else tokens * step_v, col_v,
                 None, selects, None, DV, BLOCK_DV, BLOCK_T, TMA,
@@ -160,7 +160,7 @@ def share_tile(
                 )
                 spoilt |= tl.max((more != 0).to(tl.int32))
                 at_k = at if TMA else tokens * step_k
-                s_tile = scores(q0, q1, q2, q3, k_tiles, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
+                s_tile = scores(q0, q1, q2, q3, k_tiles, at_k, col_k, every_token, D, BLOCK_D, TMA, False)
                 acc0, acc1, acc2, acc3, m_i, l_i = attend_shared(
                     s_tile, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, v_tiles,
                     at if TMA else tokens * step_v, col_v, None, times > 0, times, DV, BLOCK_DV, BLOCK_T, TMA,
@@ -231,7 +231,7 @@ def _sel_shared(
 
 @triton.jit(do_not_specialize=["n_rows", *SIZE_ARGS, *STRIDE_ARGS])
 def _sel_rest(
-    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc, k_last_desc, v_last_desc,
+    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, count_ptr, k_desc, v_desc,
     n_rows: tl.int32, scale_log2: tl.float32, S: tl.int32, G: tl.int32, S_kv: tl.int32, n_spans: tl.int32,
     splits: tl.int32,
     stride_qb, stride_qs, stride_qg, stride_qh,
@@ -241,8 +241,7 @@ def _sel_rest(
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, VIEW: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    LAST_D: tl.constexpr, LAST_DV: tl.constexpr, LOAD: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    LOAD: tl.constexpr, COLUMNS: tl.constexpr, TAIL_L: tl.constexpr, TAIL_STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
     SPLIT: tl.constexpr, CLUSTER: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
     TQ: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -263,13 +262,12 @@ def _sel_rest(
             if tl.load(count_ptr + 2 * query_tile) < 0:
                 attend_row(
                     b, s, g, 0, 0,
-                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None,
-                    k_desc, v_desc, k_last_desc, v_last_desc,
+                    q_ptr, k_ptr, v_ptr, ranges_ptr, out_ptr, lse_ptr, None, None, k_desc, v_desc,
                     scale_log2, S, G, S_kv, n_spans, splits,
                     stride_qb, stride_qs, stride_qg, stride_qh,
                     stride_kb, stride_kg, stride_kt,
                     stride_vb, stride_vg, stride_vt,
                     stride_rb, stride_rs, stride_rg, stride_rn,
-                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N, LAST_D, LAST_DV,
-                    LOAD, WHOLE, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
+                    H, D, DV, UNIT, WIDE, VIEW, BLOCK_H, BLOCK_D, BLOCK_DV, BLOCK_L, BLOCK_N,
+                    LOAD, COLUMNS, TAIL_L, TAIL_STAGES, LATE_SUM, SPLIT, CLUSTER, BLOCK_M, UNROLL,
                 )  # fmt: skip

@@ -161,16 +161,16 @@ def attend_shared(
         shift = tl.where(chosen, shift, float("inf"))
         p = tl.exp2(s * scale_log2 - shift[:, None])
     l_i = l_i * alpha + tl.sum(p, 1)
-    v0 = load_tile(v, v, at_v, col_v, every_token, 0, DV, BLOCK_DV, BLOCK_DV, TMA, False, False)
+    v0 = load_tile(v, at_v, col_v, every_token, 0, DV, BLOCK_DV, TMA, False, False)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
-        v1 = load_tile(v, v, at_v, col_v, every_token, 1, DV, BLOCK_DV, BLOCK_DV, TMA, False, False)
+        v1 = load_tile(v, at_v, col_v, every_token, 1, DV, BLOCK_DV, TMA, False, False)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, v, at_v, col_v, every_token, 2, DV, BLOCK_DV, BLOCK_DV, TMA, False, False)
+        v2 = load_tile(v, at_v, col_v, every_token, 2, DV, BLOCK_DV, TMA, False, False)
         acc2 = dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, v, at_v, col_v, every_token, 3, DV, BLOCK_DV, BLOCK_DV, TMA, False, False)
+        v3 = load_tile(v, at_v, col_v, every_token, 3, DV, BLOCK_DV, TMA, False, False)
         acc3 = dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i

@@ -64,5 +64,5 @@ class Start:
 
     def _describe(self, describe: Any, at: tuple, placed: Placed) -> tuple:
         strides = placed.lie[2][2], placed.lie[3][2]
-        made = direct_descriptors(describe, at[:2], placed.rows, placed.columns, strides, self.boxes)
+        made = direct_descriptors(describe, at[:2], placed.rows, placed.columns, strides)
         return remember(self.descriptors, at, made, MAX_KEPT)

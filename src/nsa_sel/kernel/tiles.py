@@ -34,31 +34,28 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_tile(
-    src, src_last, at, col, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    TMA: tl.constexpr, SKIP: tl.constexpr, CLEAN: tl.constexpr,
+    src, at, col, mask_l, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+    SKIP: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Load chunk C of a tile of K or V, the COLUMNS columns from C·BLOCK on, with zeros outside WIDTH.
+    """Load columns [C·BLOCK, (C+1)·BLOCK) of a tile of K or V, with zeros outside WIDTH.
 
     src, at: a row's pointer and each token's offset from it; with TMA a descriptor and the tile's first row in it.
-    src_last: what takes the place of src for the last of several chunks; with TMA a descriptor of its width.
     col: with TMA the descriptor's column at which the group's begin; None: it has no others.
     SKIP: pointers outside mask_l are not read, and give zeros. CLEAN: so does what a descriptor brings from there.
     """
-    offs = C * BLOCK + tl.arange(0, COLUMNS)
-    if C > 0 and (C + 1) * BLOCK >= WIDTH:
-        src = src_last
+    offs = C * BLOCK + tl.arange(0, BLOCK)
     if TMA:
         if col is None:
             tile = src.load([at, C * BLOCK])
         else:
             tile = src.load([at, col + C * BLOCK])
-            if C * BLOCK + COLUMNS > WIDTH:  # what lies there is another group's
+            if (C + 1) * BLOCK > WIDTH:  # what lies there is another group's
                 tile = tl.where((offs < WIDTH)[None, :], tile, 0.0)
         if CLEAN:
             tile = tl.where(mask_l[:, None], tile, 0.0)
     else:
         ptrs = (src + offs[None, :]) + at[:, None]  # addresses cost least when added in this order
-        PADDED: tl.constexpr = C * BLOCK + COLUMNS > WIDTH
+        PADDED: tl.constexpr = (C + 1) * BLOCK > WIDTH
         if SKIP and PADDED:
             tile = tl.load(ptrs, mask=mask_l[:, None] & (offs < WIDTH)[None, :], other=0.0)
         elif SKIP:
@@ -72,71 +69,61 @@ def load_tile(
 
 @triton.jit
 def load_heads(
-    q_row, stride_qh, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    LAST_D: tl.constexpr,
-):  # fmt: skip
-    """Load chunk C of the row's heads, [BLOCK_H, BLOCK_D], or LAST_D if it is the last; zeros outside H and D."""
-    COLUMNS: tl.constexpr = BLOCK_D if (C + 1) * BLOCK_D < D else LAST_D
+    q_row, stride_qh, C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load columns [C·BLOCK_D, (C+1)·BLOCK_D) of the row's heads, [BLOCK_H, BLOCK_D], with zeros outside H and D."""
     offs_h = tl.arange(0, BLOCK_H)
-    offs_d = C * BLOCK_D + tl.arange(0, COLUMNS)
+    offs_d = C * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
     return tl.load(q_row + offs_h[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_q(
-    q_row, stride_qh, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    LAST_D: tl.constexpr,
-):  # fmt: skip
+def load_q(q_row, stride_qh, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load the row's heads in four chunks of columns; those past D repeat the first and are not used."""
-    q0 = load_heads(q_row, stride_qh, 0, H, D, BLOCK_H, BLOCK_D, LAST_D)
+    q0 = load_heads(q_row, stride_qh, 0, H, D, BLOCK_H, BLOCK_D)
     q1 = q0
     q2 = q0
     q3 = q0
     if D > BLOCK_D:
-        q1 = load_heads(q_row, stride_qh, 1, H, D, BLOCK_H, BLOCK_D, LAST_D)
+        q1 = load_heads(q_row, stride_qh, 1, H, D, BLOCK_H, BLOCK_D)
     if D > 2 * BLOCK_D:
-        q2 = load_heads(q_row, stride_qh, 2, H, D, BLOCK_H, BLOCK_D, LAST_D)
+        q2 = load_heads(q_row, stride_qh, 2, H, D, BLOCK_H, BLOCK_D)
     if D > 3 * BLOCK_D:
-        q3 = load_heads(q_row, stride_qh, 3, H, D, BLOCK_H, BLOCK_D, LAST_D)
+        q3 = load_heads(q_row, stride_qh, 3, H, D, BLOCK_H, BLOCK_D)
     return q0, q1, q2, q3
 
 
 @triton.jit
 def scores(
-    q0, q1, q2, q3, k, k_last, at, col, mask_l,
+    q0, q1, q2, q3, k, at, col, mask_l,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Multiply the row's heads with a tile of keys: fp32 [heads, tokens], chunk by chunk of D."""
     zero = tl.zeros([q0.shape[0], mask_l.shape[0]], tl.float32)
-    k0 = load_tile(k, k_last, at, col, mask_l, 0, D, BLOCK_D, q0.shape[1], TMA, SKIP, False)
-    s = dot(q0, tl.trans(k0), zero)
+    s = dot(q0, tl.trans(load_tile(k, at, col, mask_l, 0, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > BLOCK_D:
-        k1 = load_tile(k, k_last, at, col, mask_l, 1, D, BLOCK_D, q1.shape[1], TMA, SKIP, False)
-        s += dot(q1, tl.trans(k1), zero)
+        s += dot(q1, tl.trans(load_tile(k, at, col, mask_l, 1, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > 2 * BLOCK_D:
-        k2 = load_tile(k, k_last, at, col, mask_l, 2, D, BLOCK_D, q2.shape[1], TMA, SKIP, False)
-        s += dot(q2, tl.trans(k2), zero)
+        s += dot(q2, tl.trans(load_tile(k, at, col, mask_l, 2, D, BLOCK_D, TMA, SKIP, False)), zero)
     if D > 3 * BLOCK_D:
-        k3 = load_tile(k, k_last, at, col, mask_l, 3, D, BLOCK_D, q3.shape[1], TMA, SKIP, False)
-        s += dot(q3, tl.trans(k3), zero)
+        s += dot(q3, tl.trans(load_tile(k, at, col, mask_l, 3, D, BLOCK_D, TMA, SKIP, False)), zero)
     return s
 
 
 @triton.jit
 def attend(
-    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2,
-    k, v, k_last, v_last, at_k, at_v, col_k, col_v, mask_l,
+    q0, q1, q2, q3, acc0, acc1, acc2, acc3, m_i, l_i, scale_log2, k, v, at_k, at_v, col_k, col_v, mask_l,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of tokens into the online softmax; if MASKED, only those in mask_l.
 
-    k, v, k_last, v_last, at_k, at_v, col_k, col_v, TMA, SKIP: as `load_tile` takes them. m_i: each head's largest score
-    so far. l_i: the softmax denominator, [heads], or [heads, tokens] where the sum over tokens is left to the end of
-    the row, which spares a reduction across warps per tile.
+    k, v, at_k, at_v, col_k, col_v, TMA, SKIP: as `load_tile` takes them. m_i: each head's largest score so far. l_i:
+    the softmax denominator, [heads], or [heads, tokens] where the sum over tokens is left to the end of the row, which
+    spares a reduction across warps per tile.
     """
-    s = scores(q0, q1, q2, q3, k, k_last, at_k, col_k, mask_l, D, BLOCK_D, TMA, SKIP) * scale_log2
+    s = scores(q0, q1, q2, q3, k, at_k, col_k, mask_l, D, BLOCK_D, TMA, SKIP) * scale_log2
     if MASKED:
         s = tl.where(mask_l[None, :], s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -145,16 +132,16 @@ def attend(
     p = tl.exp2(s - shift[:, None])
     l_i = l_i * alpha[:, None] + p if len(l_i.shape) == 2 else l_i * alpha + tl.sum(p, 1)
     # A weight of zero times NaN is NaN: outside mask_l, V must be zero or a token of this row.
-    v0 = load_tile(v, v_last, at_v, col_v, mask_l, 0, DV, BLOCK_DV, acc0.shape[1], TMA, SKIP, MASKED)
+    v0 = load_tile(v, at_v, col_v, mask_l, 0, DV, BLOCK_DV, TMA, SKIP, MASKED)
     p = p.to(v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if DV > BLOCK_DV:
-        v1 = load_tile(v, v_last, at_v, col_v, mask_l, 1, DV, BLOCK_DV, acc1.shape[1], TMA, SKIP, MASKED)
+        v1 = load_tile(v, at_v, col_v, mask_l, 1, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
     if DV > 2 * BLOCK_DV:
-        v2 = load_tile(v, v_last, at_v, col_v, mask_l, 2, DV, BLOCK_DV, acc2.shape[1], TMA, SKIP, MASKED)
+        v2 = load_tile(v, at_v, col_v, mask_l, 2, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc2 = dot(p, v2, acc2 * alpha[:, None])
     if DV > 3 * BLOCK_DV:
-        v3 = load_tile(v, v_last, at_v, col_v, mask_l, 3, DV, BLOCK_DV, acc3.shape[1], TMA, SKIP, MASKED)
+        v3 = load_tile(v, at_v, col_v, mask_l, 3, DV, BLOCK_DV, TMA, SKIP, MASKED)
         acc3 = dot(p, v3, acc3 * alpha[:, None])
     return acc0, acc1, acc2, acc3, m_new, l_i

@@ -16,6 +16,7 @@ from ...kernel.launch_config import (
     LaunchConfig,
     chunk_width,
     padded_heads,
+    padded_width,
     shared_memory,
     span_bucket,
 )
@@ -84,17 +85,16 @@ def grid(D: int, Dv: int, every_chunk: bool = False) -> Iterator[LaunchConfig]:
     chunks = [(chunk_width(D), chunk_width(Dv))]
     if every_chunk:
         chunks = list(dict.fromkeys([*chunks, *itertools.product(CHUNKS, CHUNKS)]))
-    loads = [*((load, False) for load in LOADS), *((load, True) for load in WHOLE_LOADS)]
-    for (load, masked), block_l, (block_d, block_dv), warps, stages, (splits, cluster) in itertools.product(
-        loads, BLOCK_L, chunks, WARPS, STAGES, SPLITS
+    for load, block_l, (block_d, block_dv), warps, stages, (splits, cluster) in itertools.product(
+        LOADS, BLOCK_L, chunks, WARPS, STAGES, SPLITS
     ):
-        yield LaunchConfig(load, block_l, block_d, block_dv, warps, stages, splits, cluster=cluster, masked=masked)
+        yield LaunchConfig(load, block_l, block_d, block_dv, warps, stages, splits, cluster=cluster)
 
 
 def around(launch: LaunchConfig) -> Iterator[LaunchConfig]:
-    """Yield the launches that differ from a good one by its chunks, one stage more, or a limit on registers."""
-    for block_d, block_dv, narrow in itertools.product(CHUNKS, CHUNKS, (False, True)):
-        yield replace(launch, block_d=block_d, block_dv=block_dv, narrow=narrow)
+    """Yield the launches that differ from a good one by narrower chunks, one stage more, or a limit on registers."""
+    for block_d, block_dv in itertools.product(CHUNKS, CHUNKS):
+        yield replace(launch, block_d=block_d, block_dv=block_dv)
     yield replace(launch, num_stages=MORE_STAGES)
     for registers in MAX_REGISTERS:
         if registers * 32 * launch.num_warps <= 65_536:
@@ -116,7 +116,7 @@ def registers(launch: LaunchConfig, case: Case) -> int:
     """
     block_h = padded_heads(case.H)
     size = ELEMENT_BYTES[case.dtype]
-    width_d, width_dv = launch.padded(case.D, launch.block_d), launch.padded(case.Dv, launch.block_dv)
+    width_d, width_dv = padded_width(case.D, launch.block_d), padded_width(case.Dv, launch.block_dv)
     result = block_h * width_dv
     scores = block_h * launch.block_l * (4 + size) // 4
     addresses = 0 if launch.load in WHOLE_LOADS else 2 * launch.block_l * (width_d + width_dv) * size // 16
@@ -141,9 +141,6 @@ RULES: dict[str, Rule] = {
     "chunks at least twice as wide as D or Dv": lambda c, case, gpu: (
         c.block_d >= 2 * case.D or c.block_dv >= 2 * case.Dv
     ),
-    "a narrow last chunk where the last one is full": lambda c, case, gpu: (
-        c.narrow and c.boxes(case.D, case.Dv)[2:] == (None, None)
-    ),
     "a loop without pipeline of more than 32 heads, of which ptxas 12.8 may make wrong code": lambda c, case, gpu: (
         c.num_stages == 1 and case.H > 32 and gpu.has_tma
     ),
@@ -154,11 +151,9 @@ RULES: dict[str, Rule] = {
     ),
     "more shared memory than a program may use": _too_much_shared,
     SPILLS: lambda c, case, gpu: registers(c, case) > REGISTERS,
+    "eight warps where four hold the spans of a row": lambda c, case, gpu: c.num_warps == 8 and case.n_spans <= 256,
     "tiles longer than any span, so that none is whole": lambda c, case, gpu: (
-        c.load in WHOLE_LOADS and not c.masked and c.block_l > longest_span(case)
-    ),
-    "masked tiles of spans that are longer than two": lambda c, case, gpu: (
-        c.masked and case.longest >= 2 * c.block_l * case.n_spans
+        c.load in WHOLE_LOADS and c.block_l > longest_span(case)
     ),
     LONG_TILES: lambda c, case, gpu: c.block_l > max(16, 2 * case.L),
     "more splits than tiles": lambda c, case, gpu: c.splits > 1 and c.splits * c.block_l > case.L,
