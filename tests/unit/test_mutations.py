@@ -291,7 +291,7 @@ FAULTS = [
         "kernel/backward_shared.py",
         "tl.where(((who >> query) & 1) != 0, lse2,",
         "tl.where(who != 0, lse2,",
-        SHARED_GRADIENTS + "beside_rows_of_their_own",
+        SHARED_GRADIENTS + "in_prefill[random-dtype0]",
     ),
     Fault(
         "dq of query tiles that do not share is left out",
