@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -20,9 +20,19 @@ import tempfile
 import traceback
 import types
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pytest
+from packaging.version import Version
+
 ROOT = Path(__file__).parents[1]
+TRITON = metadata.version("triton") if importlib.util.find_spec("triton") else "3.7"
+needs_interpreter = pytest.mark.skipif(
+    Version(TRITON) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton before 3.7 needs a NumPy before 2.4",
+)
 SECONDS = 300  # for each program
 
 
@@ -98,8 +108,7 @@ def become(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("torch", "pytest"):
-        importlib.import_module(name)
+    importlib.import_module("torch")
     gc.freeze()  # pytest collects garbage at its end: not among all of torch
     for line in sys.stdin:
         print(run(**json.loads(line)), flush=True)

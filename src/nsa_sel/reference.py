@@ -53,8 +53,8 @@ def oracle(
         inside = [slice(max(start, 0), min(end, S_kv)) for start, end in spans_of[i] if min(end, S_kv) > max(start, 0)]
         if not inside:
             continue
-        keys = torch.cat([k[b, g, part].double() for part in inside])
-        values = torch.cat([v[b, g, part].double() for part in inside])
+        keys = torch.cat([k[b, g, part] for part in inside]).double()
+        values = torch.cat([v[b, g, part] for part in inside]).double()
         logits = q[b, s, g].double() @ keys.T * scale
         weights = torch.exp(logits - logits.amax(-1, keepdim=True))
         out[i] = weights @ values / weights.sum(-1, keepdim=True)

@@ -76,12 +76,10 @@ def _bits(x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _poisoned(size: int, device: torch.device) -> Iterator[None]:
     """Let an output of `size` bytes that the kernel allocates hold POISON."""
-    if device.type == "cpu":  # malloc may hand out anything
-        with _PoisonedEmpty():
-            yield
-    else:  # the caching allocator hands out again what fits best
+    if device.type != "cpu":  # for what allocates without torch.empty: the allocator hands out again what fits best
         blocks = [torch.full((size,), POISON, dtype=torch.uint8, device=device) for _ in range(POISONED_BLOCKS)]
         del blocks
+    with _PoisonedEmpty():
         yield
 
 
@@ -90,7 +88,7 @@ class _PoisonedEmpty(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in EMPTY and out.device.type == "cpu":
+        if func in EMPTY and out.device.type != "meta":
             out.untyped_storage().fill_(POISON)
         return out
 

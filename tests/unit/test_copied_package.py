@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 
 import nsa_sel
-from tests.programs import python
+from tests.programs import needs_interpreter, python
 
 PACKAGE = Path(nsa_sel.__file__).parent
 CALL = """
@@ -46,6 +46,7 @@ def test_a_copy_attends_without_the_original(copy: Path):
     run(copy, "-c", CALL, "packed_sdpa")
 
 
+@needs_interpreter
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 def test_a_copy_has_the_kernel(copy: Path):
     run(copy, "-c", CALL, "triton", TRITON_INTERPRET="1")

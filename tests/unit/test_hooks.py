@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import pytest_benchmark
 import saved_runs
+from packaging.version import Version
 from saved_runs import document, entry, save_entries, use_noise
 
 from nsa_sel.bench.compare import hooks, rule, table_command, theirs
@@ -329,6 +331,8 @@ def test_both_commands_say_the_same(tmp_path):
 
 @pytest.mark.parametrize("more", [["-v", "compare"], ["compare", "-k", "test_sel"], ["compare", "--csv=x.csv"]])
 def test_the_table_of_pytest_benchmark_is_whole_if_more_is_asked_for(tmp_path, more):
+    if "-k" in more and Version(pytest_benchmark.__version__) < Version("5.3"):
+        pytest.skip("pytest-benchmark has this option since 5.3")
     tmp_path.joinpath("conftest.py").write_text(CONFTEST)
     for number, us in ((1, 100), (2, 115)):
         save_entries(

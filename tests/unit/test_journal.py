@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import pytest_benchmark
 import torch
+from packaging.version import Version
 from pytest_benchmark.storage.file import FileStorage
 from saved_runs import H200
 
@@ -29,6 +31,8 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
 WARNINGS = (ROOT / "pytest.ini").read_text().partition("filterwarnings =")[2]
 CASES = ("a", "b", "c", "d", "e")
+OPENS_JSON_FIRST = Version(pytest_benchmark.__version__) < Version("5.3")
+OLD = "pytest-benchmark before 5.3 opens the file before it measures, and refuses what it cannot open"
 CONFTEST = """
 import json, pathlib, pytest
 from nsa_sel.bench.compare import hooks
@@ -241,6 +245,7 @@ def test_a_run_that_is_not_saved_leaves_no_journal(perf, pytester):
     assert not saved(pytester) and not journals(pytester)
 
 
+@pytest.mark.skipif(OPENS_JSON_FIRST, reason=OLD)
 def test_a_json_file_has_its_journal_beside_it(perf, pytester):
     file = pytester.path / "out" / "r.json"
     early = perf(f"--benchmark-json={file}", do={"c": "terminate"})
@@ -420,6 +425,8 @@ def storage_faults(folder: Path) -> dict[str, tuple[str, ...]]:
 
 @pytest.mark.parametrize("fault", storage_faults(Path(tempfile.mkdtemp())))
 def test_a_storage_that_cannot_be_written_costs_no_passing_test_and_no_result(perf, pytester, fault):
+    if "JSON" in fault and OPENS_JSON_FIRST:
+        pytest.skip(OLD)
     result = perf(*storage_faults(pytester.path)[fault])
     assert result.ret == 0 and measured(pytester) == "abcde"
     result.assert_outcomes(passed=5)

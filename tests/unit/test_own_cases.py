@@ -23,7 +23,7 @@ from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.threshold.judged import ThresholdError
 from nsa_sel.bench.threshold.rule import decide
 from nsa_sel.bench.tune import command as tune_command
-from tests.programs import python
+from tests.programs import needs_interpreter, python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 ENTRIES = """\
@@ -105,6 +105,7 @@ def test_a_run_of_the_matrix_holds_only_the_definitions_that_a_hook_adds(tmp_pat
     assert len({case for case, _ in run.timings}) == 2
 
 
+@needs_interpreter
 def test_parity_runs_the_files_cases_and_skips_what_the_interpreter_cannot_afford(file):
     file.write_text(file.read_text() + "  - {family: rows, distribution: many, H: 4, D: 64, Dv: 64, L: 1024, N: 65}\n")
     done = pytest_run("tests/parity", "--sel-cases", file, "-k", "own_case", "-rs")
@@ -113,6 +114,7 @@ def test_parity_runs_the_files_cases_and_skips_what_the_interpreter_cannot_affor
     assert "65 rows of up to 1024 tokens are too large for Triton's interpreter" in done.stdout
 
 
+@needs_interpreter
 def test_a_wrong_kernel_fails_on_the_files_cases(file, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text(

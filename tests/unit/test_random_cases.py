@@ -30,7 +30,7 @@ from nsa_sel.bench.suite.saved_cases import definitions, rebuilt
 from nsa_sel.bench.threshold import command as threshold_command
 from nsa_sel.bench.tune import command as tune_command
 from nsa_sel.kernel.launch_config import MAX_WIDTH
-from tests.programs import python
+from tests.programs import needs_interpreter, python
 
 ROOT = Path(nsa_sel.__file__).parents[2]
 FIRST = draw(1, 1000)
@@ -132,6 +132,7 @@ def test_a_perf_run_says_and_saves_its_seed_and_count(tmp_path):
     assert "| triton | random | equal | " in (tmp_path / "report/results.md").read_text()
 
 
+@needs_interpreter
 def test_parity_judges_them_by_the_gate():
     done = pytest_run("tests/parity", "--sel-matrix=random", "--sel-seed=7", "--sel-count=3", "-k", "own_case")
     assert "3 passed" in done.stdout, done.stdout + done.stderr

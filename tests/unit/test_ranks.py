@@ -25,7 +25,7 @@ from nsa_sel.bench.ranks import job
 from nsa_sel.bench.ranks.shares import benchmark_s, dealt
 from nsa_sel.bench.saved import run, storage
 from nsa_sel.bench.suite import cases
-from tests.programs import python
+from tests.programs import needs_interpreter, python
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -460,6 +460,7 @@ def test_torchrun_of_the_perf_suite(tmp_path):
     assert len(run.load(saved).timings) == 8 and not list(tmp_path.glob("*/.*"))
 
 
+@needs_interpreter
 def test_torchrun_of_the_parity_suite():
     tests = ("tests/parity/test_layouts.py", "-k", "test_triton_sel_parity_of_every_layout and decode")
     done = torchrun("-m", "pytest", "-p", "no:cacheprovider", *tests)

@@ -89,7 +89,8 @@ def _record_six(folder, start):
 
 
 def test_processes_that_record_to_one_folder_share_its_numbers(tmp_path):
-    context = multiprocessing.get_context("fork")
+    # A fork of a process that uses CUDA cannot.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     start = context.Event()
     processes = [context.Process(target=_record_six, args=(tmp_path, start)) for _ in range(2)]
     for process in processes:

@@ -35,14 +35,14 @@ def test_limit_is_linear_between_points_flat_below_and_proportional_beyond():
 
 
 @pytest.mark.parametrize(
-    ("call_us", "expected"), [(10, (20, 100)), (50, (20, 100)), (200, (20, 25)), (1000, (10, 10)), (30_000, (6, 1))]
+    ("call_us", "expected"), [(10, (12, 100)), (80, (12, 100)), (200, (12, 41)), (1000, (10, 10)), (30_000, (6, 1))]
 )
 def test_plan_keeps_the_budget_with_as_many_calls_as_it_can(call_us, expected):
     assert plan(call_us, 0.1, calls=100) == expected
 
 
 def test_plan_of_a_graph_keeps_its_calls_and_replays_it_less_often():
-    assert [plan(us, 0.02, calls=20, fewest=20) for us in (10, 100, 160, 1000)] == [(20, 20), (10, 20), (6, 20), (6, 3)]
+    assert [plan(us, 0.02, calls=20, fewest=20) for us in (10, 100, 160, 1000)] == [(12, 20), (10, 20), (6, 20), (6, 3)]
 
 
 def test_wall_timer_gives_one_sample_a_round_and_calls_the_warm_ups_too():

@@ -55,7 +55,9 @@ def asked_for() -> argparse.Namespace:
     """Return the command line that the command was given."""
     from pytest_benchmark.cli import make_parser
 
-    return make_parser().parse_args()
+    parser = make_parser()
+    parser.set_defaults(filter_expr=None)  # an option that pytest-benchmark has since 5.3
+    return parser.parse_args()
 
 
 def _whole_table(asked: argparse.Namespace) -> bool:

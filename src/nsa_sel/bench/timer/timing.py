@@ -22,10 +22,11 @@ L2_COVER = 4  # the flush reads so many times the size of L2
 # Between delay and start event the host runs pytest-benchmark's own code for some 20 µs, which the delay must outlast.
 DELAY_MARGIN_US = 40.0
 MOST_REPEATS = 12  # of one round, with the delay growing to 80 times its length
-# Some 3,400 benchmarks must fit into minutes. A block has 100 calls if one call takes up to 15 µs, and fewer if it
-# takes longer. A graph of 20 calls is replayed 20 times for calls of up to 50 µs and 6 times for calls of up to 160 µs;
-# for longer calls the graph has fewer of them.
-CALL_BUDGET_S = 0.03
+# Some 3,400 benchmarks must fit into minutes. Of 12 groups the third to the tenth are a 95 % CI of the median. A block
+# has 100 calls if one call takes up to 20 µs, and fewer if it takes longer. A graph of 20 calls is replayed 12 times
+# for calls of up to 80 µs and 6 times for calls of up to 160 µs; for longer calls the graph has fewer of them.
+GROUPS = 12
+CALL_BUDGET_S = 0.025
 GRAPH_BUDGET_S = 0.02
 
 Call = Callable[[], Any]
@@ -215,7 +216,7 @@ def tick() -> Any:
 def call_time(call: Call, call_us: float) -> Spread:
     """Return the host's time per call, warm, as an eager user sees it: blocks of calls, with one sync at each end.
 
-    There are 20 blocks of 100 calls, fewer if those would take longer than the budget. call_us: a rough time per call.
+    There are 12 blocks of 100 calls, fewer if those would take longer than the budget. call_us: a rough time per call.
     """
     groups, calls = plan(call_us, CALL_BUDGET_S, calls=100)
     times = []
@@ -231,7 +232,7 @@ def call_time(call: Call, call_us: float) -> Spread:
 
 
 def graph_time(call: Call, device_us: float) -> Spread:
-    """Return the time per call of a CUDA graph of 20 calls that is replayed 20 times with warm L2.
+    """Return the time per call of a CUDA graph of 20 calls that is replayed 12 times with warm L2.
 
     There are fewer calls or replays if those would take longer than the budget.
 
@@ -271,7 +272,7 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def plan(call_us: float, budget_s: float, calls: int, groups: int = 20, fewest: int = 10) -> tuple[int, int]:
+def plan(call_us: float, budget_s: float, calls: int, groups: int = GROUPS, fewest: int = 10) -> tuple[int, int]:
     """Fit groups x calls into a budget.
 
     First it takes fewer calls (down to `fewest`), then fewer groups (down to 6, enough for a CI), then single calls.
