@@ -66,7 +66,7 @@ def decide(call: Call, gpu: Gpu) -> Choice:
     """Choose the launch of a call on a GPU, and say by which rule."""
     call = replace(call, N=max(call.N, 1), n_spans=max(call.n_spans, 1))
     splits, cluster, parts = _parts(call, gpu)
-    rule, tile = next((rule, tile) for applies, rule, tile in _tiles(call, gpu, splits) if applies)
+    rule, tile = next((rule, tile) for applies, rule, tile in _tiles(call, gpu, cluster) if applies)
     limit = gpu.shared_bytes
     if cluster > 2 and 2 * call.N * splits > gpu.sm_count:
         # Not every group of multiprocessors is a multiple of a cluster: two programs must find a place on one.
@@ -83,7 +83,7 @@ def decide(call: Call, gpu: Gpu) -> Choice:
     return Choice(launch, rule, parts, wanted)
 
 
-def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]]:
+def _tiles(call: Call, gpu: Gpu, cluster: int) -> Iterator[tuple[bool, str, Tile]]:
     """Yield rules: whether one applies, what for, and its tile. The first that applies decides."""
     length, n, heads, rows_per_sm = call.max_len, call.n_spans, padded_heads(call.H), call.N / gpu.sm_count
     d, dv = (padded_width(width, chunk_width(width)) for width in (call.D, call.Dv))
@@ -127,11 +127,11 @@ def _tiles(call: Call, gpu: Gpu, splits: int) -> Iterator[tuple[bool, str, Tile]
     yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
     yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
     yield not few and width <= 128 and length > 256, "rows for every SM, narrow and long", Tile("gather", 128, 4, 3)
-    yield not few, "rows for every SM: two warps", Tile("gather", 64, 2, 3)
+    yield not few, "rows for every SM", Tile("gather", 64, 2 if n > 1 or tma else 4, 3)
     yield length <= 64, "few rows of one tile", Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
     yield large and light and length <= 256, "few rows of one length and large tile", Tile("tma", length, 4, 2)
     yield large and light, "few rows of one length", Tile("tma", 128, 4, 3)
-    yield splits <= 2 and light and n <= 8, "few rows in hardly any parts: large tiles", Tile("gather", 128, 4, 3)
+    yield cluster <= 2 and light and n <= 8, "few rows without large clusters: large tiles", Tile("gather", 128, 4, 3)
     yield True, "few rows: parts", Tile("gather", 64, 4, 3)
 
 
