@@ -6,7 +6,7 @@ import io
 import json
 import re
 import types
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from nsa_sel.bench import precompile
 from nsa_sel.bench.suite import cases
 from nsa_sel.bench.tune.log import Progress
 from nsa_sel.bench.tune.space import Variant
+from nsa_sel.kernel.call import Gpu
 from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.shared_config import SharedLaunch
 
 SMALL = cases.rows_case("bf16", "mixed", 4, 64, 64, 64, 8)
 
@@ -59,6 +61,34 @@ def test_what_is_compiled_ahead_is_what_the_run_launches(monkeypatch):
         assert compiled_for(rows, ahead.launch) == compiled_for(tensors, config), (case.id, method)
 
 
+def test_shared_tiles_that_are_compiled_ahead_are_what_the_run_launches(monkeypatch):
+    """Of the full matrix's prefill on an H200, whose calls may share."""
+    shared_launch, shared = (pytest.importorskip(f"nsa_sel.kernel.{name}") for name in ("shared_launch", "shared"))
+    for module in (shared_launch, precompile.launch):
+        monkeypatch.setattr(module, "gpu_of", lambda device: Gpu("NVIDIA H200", 132, 232448, True, True))
+    monkeypatch.setattr(precompile.launch, "unsupported_reason", lambda *arguments: None)
+
+    def compiled_for(plan, S_kv) -> tuple:
+        n_spans, H = plan.n_spans, plan.out_shape[3]
+        sharing = plan.shared.constants(H, n_spans), plan.shared.cover_constants(H, n_spans, S_kv)
+        names = [name for name, kind in shared._sel_rest.fn.__annotations__.items() if "constexpr" in str(kind)]
+        return *sharing, plan.shared, [plan.values[name] for name in names if name in plan.values], plan.options
+
+    sharing = 0
+    for case in cases.matrix("full", family="prefill"):
+        x = precompile.blank(case, False, "meta")
+        tensors = x.q, x.k, x.v, x.ranges
+        plan = shared_launch.plan_for(*tensors, None, x.min_len, x.max_len)
+        (ahead,) = precompile.distinct([(case, "triton")], "meta")
+        assert (ahead.shared is not None) == isinstance(plan, shared_launch.SharedPlan)
+        if ahead.shared is not None:
+            rows = precompile.workers.empty_rows(ahead, "meta")
+            built = shared_launch.SharedPlan(*rows, None, None, None, ahead.shared, ahead.launch)
+            assert compiled_for(built, ahead.S_kv) == compiled_for(plan, case.S_kv), case.id
+            sharing += 1
+    assert sharing == 8
+
+
 def test_the_packing_that_is_compiled_ahead_is_what_the_run_launches(monkeypatch):
     fused = pytest.importorskip("nsa_sel.bench.methods.fused")
     monkeypatch.setattr(fused, "gpu_of", lambda device: types.SimpleNamespace(sm_count=132))
@@ -82,7 +112,8 @@ def test_the_packing_that_is_compiled_ahead_is_what_the_run_launches(monkeypatch
 
 def test_a_worker_knows_a_packing_kernel_from_an_attention_kernel():
     packing = pytest.importorskip("nsa_sel.bench.methods.fused").Packing("bf16", 64, 128, 8, 32, True)
-    for sent in (packing, KERNELS[0]):
+    sharing = replace(KERNELS[0], shared=SharedLaunch(64, 64, 64, 64, 4, 3), S_kv=4096)
+    for sent in (packing, KERNELS[0], sharing):
         assert precompile.workers.kernel_of(json.loads(json.dumps(asdict(sent)))) == sent
 
 

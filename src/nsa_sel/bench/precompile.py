@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..kernel import launch
+from ..kernel import launch, shared_launch
 from ..kernel.launch_config import span_bucket
 from .methods.fused import Packing, packing_of
 from .suite.cases import TRITON_METHODS, Case
@@ -60,10 +60,19 @@ def distinct(pairs: Iterable[tuple[Case, str]], device: str) -> list[Variant | P
         core = method == "triton_core"
         x = blank(case, core, device)
         if launch.unsupported_reason(x.q, x.k, x.v, x.ranges) is None:
-            config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
-            S, n_spans = x.q.shape[1], span_bucket(x.ranges.shape[3])
-            found[Variant(case.dtype, min(S, 2), case.H, case.D, case.Dv, n_spans, config.with_fewest_parts())] = None
+            found[_variant(case, x)] = None
     return list(found)
+
+
+def _variant(case: Case, x: Inputs) -> Variant:
+    """Return what a call compiles."""
+    config = launch.launch_for(x.q, x.k, x.v, x.ranges, min_len=x.min_len, max_len=x.max_len)
+    S, n_spans = min(x.q.shape[1], 2), x.ranges.shape[3]
+    row = case.dtype, S, case.H, case.D, case.Dv
+    shared = shared_launch.eligible(x.q, x.k, x.v, x.ranges, None, x.min_len, x.max_len)
+    if shared is None:
+        return Variant(*row, span_bucket(n_spans), config.with_fewest_parts())
+    return Variant(*row, n_spans, shared_launch.row_of(config), shared, x.k.shape[2])
 
 
 def blank(case: Case, core: bool, device: str) -> Inputs:

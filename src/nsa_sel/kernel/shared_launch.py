@@ -112,6 +112,14 @@ def eligible(
     return launch if row.load == "tma" else replace(launch, tma=False)
 
 
+def row_of(config: LaunchConfig) -> LaunchConfig:
+    """Return the launch of the rows that share nothing, from that of a call of such rows.
+
+    The loop over rows takes more registers than a row, and shared memory is what is scarce.
+    """
+    return replace(config, splits=1, cluster=1, max_registers=0)
+
+
 class SharedPlan(Plan):
     """Hold what a call with shared tiles needs beside its rows' plan; arguments as `Plan` takes them."""
 
@@ -127,9 +135,7 @@ class SharedPlan(Plan):
         shared: SharedLaunch,
         row: LaunchConfig | None = None,
     ) -> None:
-        if row is None:  # the loop over rows takes more registers than a row, and shared memory is what is scarce
-            row = replace(launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len), max_registers=0)
-        row = replace(row, splits=1, cluster=1)
+        row = row_of(row or launch_for(q, k, v, ranges, min_len=min_len, max_len=max_len))
         super().__init__(q, k, v, ranges, scale, min_len, max_len, row)
         self.shared = shared
         B, S, G, H, D = q.shape

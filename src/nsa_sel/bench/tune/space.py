@@ -20,6 +20,7 @@ from ...kernel.launch_config import (
     shared_memory,
     span_bucket,
 )
+from ...kernel.shared_config import SharedLaunch
 from ...kernel.tuned_table import Key
 from ..suite.cases import ELEMENT_BYTES, Case
 from ..suite.distributions import law_of
@@ -42,9 +43,10 @@ REGISTERS = 280  # a thread has 255, but the estimate is too high by that much
 
 @dataclass(frozen=True)
 class Variant:
-    """Name one kernel to compile: everything that it is specialised on.
+    """Name what to compile: all that a row's kernel is specialised on, or the kernels of a call that shares tiles.
 
-    S: 1, or 2 for any more. n_spans: the most spans per row that it can take.
+    S: 1, or 2 for any more. n_spans: the most spans per row that it can take. shared: how queries share tiles; then
+    n_spans and S_kv are the call's, and launch is that of the other rows.
     """
 
     dtype: str
@@ -54,6 +56,8 @@ class Variant:
     Dv: int
     n_spans: int
     launch: LaunchConfig
+    shared: SharedLaunch | None = None
+    S_kv: int = 256
 
 
 def variant(case: Case, launch: LaunchConfig) -> Variant:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...kernel.launch_config import LaunchConfig
+from ...kernel.shared_config import SharedLaunch
 from ..parallel import cores
 from ..suite.inputs import TORCH_DTYPES
 from .space import Variant
@@ -173,20 +174,23 @@ def empty_rows(variant: Variant, device: str) -> tuple[Tensor, Tensor, Tensor, T
     """Return q, k, v and ranges that select nothing, with what a variant's kernel is specialised on."""
     dtype = TORCH_DTYPES[variant.dtype]
     q = torch.zeros(1, variant.S, 1, variant.H, variant.D, dtype=dtype, device=device)
-    k = torch.zeros(1, 1, 256, variant.D, dtype=dtype, device=device)
-    v = torch.zeros(1, 1, 256, variant.Dv, dtype=dtype, device=device)
+    k = torch.zeros(1, 1, variant.S_kv, variant.D, dtype=dtype, device=device)
+    v = torch.zeros(1, 1, variant.S_kv, variant.Dv, dtype=dtype, device=device)
     return q, k, v, torch.zeros(1, variant.S, 1, variant.n_spans, 2, dtype=torch.int32, device=device)
 
 
 def build(kernel: Variant | Packing) -> None:
     """Compile a kernel through its launcher, with the alignment and types of the timing, for empty rows."""
-    from ...kernel.launch import forward  # needs Triton
+    from ...kernel import launch, shared_launch  # needs Triton
     from ..methods import fused  # likewise
 
-    if isinstance(kernel, Variant):
-        forward(*empty_rows(kernel, "cuda"), launch=kernel.launch)
-    else:
+    if not isinstance(kernel, Variant):
         fused.pack_empty_row(kernel)
+    elif kernel.shared is None:
+        launch.forward(*empty_rows(kernel, "cuda"), launch=kernel.launch)
+    else:
+        rows = empty_rows(kernel, "cuda")
+        shared_launch.SharedPlan(*rows, None, None, None, kernel.shared, kernel.launch).run(*rows)
     torch.cuda.synchronize()
 
 
@@ -196,7 +200,8 @@ def kernel_of(fields: dict[str, Any]) -> Variant | Packing:
 
     if "launch" not in fields:
         return Packing(**fields)
-    return Variant(**{**fields, "launch": LaunchConfig(**fields["launch"])})
+    shared = fields["shared"] and SharedLaunch(**fields["shared"])
+    return Variant(**{**fields, "launch": LaunchConfig(**fields["launch"]), "shared": shared})
 
 
 def one_line(error: BaseException) -> str:
