@@ -20,6 +20,13 @@ def test_the_launch_on_an_h200_is_the_one_that_its_sweep_found(H):
     assert launch.problem(H) is None
 
 
+@pytest.mark.parametrize(("D", "block_t"), [(128, 64), (192, 32)])
+def test_wide_rows_that_share_have_short_tiles(D, block_t):
+    call = Call(65_536, 16, D, 128, 16, 1024, shared_kv=True)
+    launch = shared_default(call, H200, choose(call, H200).row, 1.5)
+    assert (launch.rows, launch.block_t, launch.num_warps, launch.num_stages, launch.tma) == (64, block_t, 4, 2, True)
+
+
 @pytest.mark.parametrize("gpu", [gpu for pair in ARCHITECTURES.values() for gpu in pair], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("element_bytes", (2, 4))
 def test_rows_that_share_fit_into_shared_memory(gpu, element_bytes):

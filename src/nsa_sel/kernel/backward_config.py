@@ -95,6 +95,8 @@ def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -
     wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES
     warps, rows = 4 if wide_products else 8, max(launch.rows, next_power_of_2(call.H))
     launch = replace(launch, rows=rows, num_warps=warps, num_stages=min(launch.num_stages, 2), tma=tma)
+    if padded_width(call.D, launch.block_d) > 128:  # sums and weights of 64 tokens take more registers than there are
+        launch = replace(launch, block_t=min(launch.block_t, 32))
     while dq_shared_bytes(launch, call) > gpu.shared_bytes and (launch.num_stages > 1 or launch.block_t > 16):
         if launch.num_stages > 1:
             launch = replace(launch, num_stages=launch.num_stages - 1)

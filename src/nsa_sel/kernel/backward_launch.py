@@ -19,7 +19,7 @@ from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits, shared
 from .backward_index import KINDS, MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, MOST_SPANS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
-from .backward_shared import SHARED_TENSORS, _sel_bwd_shared
+from .backward_shared import DQ_TENSORS, _sel_bwd_shared
 from .backward_tensors import OfRows, RowIndex, Saved
 from .call import Call
 from .device import INTERPRETED, bind_context, call_of, gpu_of
@@ -199,7 +199,7 @@ class BackwardPlan(Plan):
         q, k, v, ranges, out, lse, dout, dlse = saved
         values = self.values | self._placed(passed.placed) | {"capacity": passed.capacity}
         values |= sharing.shared.constants(self.out_shape[3], ranges.shape[3])
-        in_order = [values[name] for name in _sel_bwd_shared.arg_names[len(SHARED_TENSORS) :]]
+        in_order = [values[name] for name in _sel_bwd_shared.arg_names[len(DQ_TENSORS) :]]
         described = sharing.start_shared.public((q, k, v), passed.placed)
         tensors = (q, k, v, ranges, out, dout, lse, dlse, *results, *index.tensors, *described)
         return [*tensors, *in_order], sharing.shared.options

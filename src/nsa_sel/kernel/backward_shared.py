@@ -22,8 +22,8 @@ from .shared_tiles import (
     store_rows,
 )
 
-SHARED_POINTERS = (*ROW_POINTERS[:-1], "tiles", "who", "count")
-SHARED_TENSORS = [*(f"{name}_ptr" for name in SHARED_POINTERS), "k_desc", "v_desc"]
+DQ_POINTERS = (*ROW_POINTERS[:-1], "tiles", "who", "count")
+DQ_TENSORS = [*(f"{name}_ptr" for name in DQ_POINTERS), "k_desc", "v_desc"]
 
 
 @triton.jit
