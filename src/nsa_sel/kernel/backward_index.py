@@ -13,7 +13,7 @@ Source: docs/kernel.md, "Backward pass".
 import triton
 import triton.language as tl
 
-from .coverage import bits_between
+from .coverage import bits_between, count_bits
 from .tiles import load_spans
 
 KINDS = tl.constexpr(3)
@@ -72,15 +72,6 @@ def _mark(
         tl.store(whole_ptr + at, tl.reshape(whole, [WORDS * 32]), mask=tile < tiles)
         tl.store(plain_ptr + at, tl.reshape(plain, [WORDS * 32]), mask=tile < tiles)
         tl.store(other_ptr + at, tl.reshape(other, [WORDS * 32]), mask=tile < tiles)
-
-
-@triton.jit
-def count_bits(x):
-    """Count the bits of each 32-bit word that are set."""
-    x -= (x >> 1) & 0x55555555
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x * 0x01010101) >> 24
 
 
 @triton.jit(do_not_specialize=["tiles", "words"])
