@@ -95,11 +95,11 @@ NARROW_V = aot.Variant(90, "bf16", 56, 128, 32, 16, LaunchConfig("tma", 64, 128,
 
 
 def test_no_kernel_has_two_swizzles_in_one_buffer(compile_only):
-    last_of_k = replace(NARROW_V, D=224, Dv=64, config=LaunchConfig("tma", 64, 64, 64, 8, 2, 8, 0, 8, narrow=True))
+    chunks_of_k = replace(NARROW_V, D=224, Dv=64, config=LaunchConfig("tma", 64, 64, 64, 8, 2, 8, 0, 8))
     of_parts = replace(NARROW_V, D=64, Dv=16, config=LaunchConfig("tma", 64, 64, 16, 4, 3, 2, 0, 2))
     call = Call(65_536, 16, 64, 16, 16, 1024, shared_kv=True)
     shared = aot_variants.sharing(90, "bf16", call, aot_variants.ARCHITECTURES[90][1])
-    code, builds = compile_only(NARROW_V, last_of_k, of_parts, shared)
+    code, builds = compile_only(NARROW_V, chunks_of_k, of_parts, shared)
     assert [build["problem"] for build in builds] == [None] * 4
     assert code == 0
 

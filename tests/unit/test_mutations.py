@@ -183,7 +183,7 @@ FAULTS = [
     ),
     Fault(
         "the mask of a partial tile is off by one",
-        "kernel/shared.py",
+        "kernel/shared_tiles.py",
         "last = tl.where(left != 0, 0, last)",
         "last = tl.where(left != 0, 0, last - 1)",
         SHARED + "in_prefill[local-dtype1]",
@@ -193,14 +193,14 @@ FAULTS = [
         "kernel/shared_tiles.py",
         "held = bits_between((start - first_token)[:, None],",
         "held = bits_between((start - first_token + 1)[:, None],",
-        SHARED + "beside_rows_of_their_own[0.0]",
+        SHARED + "beside_rows_of_their_own[0.0-2]",
     ),
     Fault(
         "a key that is selected twice weighs once",
         "kernel/shared_tiles.py",
         "p *= times.to(tl.float32)",
         "p *= 1.0",
-        SHARED + "beside_rows_of_their_own[0.0]",
+        SHARED + "beside_rows_of_their_own[0.0-2]",
     ),
     Fault(
         "two queries of a query tile have each other's whole tiles",
@@ -212,23 +212,23 @@ FAULTS = [
     Fault(
         "a tile that one query selects in part counts as whole",
         "kernel/coverage.py",
-        "partly = touched & (twice | ~covered)",
+        "partly = touched & (twice | ~tl.reduce(covered, 1, either))",
         "partly = touched & twice",
-        SHARED + "beside_rows_of_their_own[0.0]",
+        SHARED + "beside_rows_of_their_own[0.0-2]",
     ),
     Fault(
         "NaN in V of a key that only some queries select reaches the others",
         "kernel/shared.py",
         "spoilt |= has_nan(acc0)",
         "spoilt |= 0",
-        SHARED + "keeps_apart_what_only_some_queries_select[v-float('nan')]",
+        SHARED + "keeps_apart_what_only_some_queries_select[v-float('nan')-2]",
     ),
     Fault(
         "the rows of query tiles that do not share are not computed",
         "kernel/shared.py",
         "if tl.load(count_ptr + 2 * query_tile) < 0:",
         "if tl.load(count_ptr + 2 * query_tile) < -1:",
-        SHARED + "beside_rows_of_their_own[1.2]",
+        SHARED + "beside_rows_of_their_own[1.2-2]",
     ),
     Fault(
         "the gradients forget delta",
