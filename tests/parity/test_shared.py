@@ -19,8 +19,8 @@ from nsa_sel.bench.suite import cases as suite
 from nsa_sel.kernel import launch, shared_config, shared_launch
 from nsa_sel.kernel.coverage import PARTIAL_COST
 from nsa_sel.kernel.kv import lie_of
-from nsa_sel.kernel.launch_config import LaunchConfig, chunk_width
-from nsa_sel.kernel.shared_config import SharedLaunch
+from nsa_sel.kernel.launch_config import LaunchConfig
+from nsa_sel.kernel.shared_config import SharedLaunch, chunk_widths
 from nsa_sel.kernel.shared_launch import Index, SharedPlan
 
 from . import gradient_case
@@ -54,7 +54,8 @@ def prefill(layout: str, first: int, last: int, S: int = 4 * BLOCK, L: int = 3 *
 
 def shared(case: Case, **change) -> SharedLaunch:
     """Return the launch that shares always, with the widths of a case, and what is to be changed."""
-    return replace(ALWAYS, block_d=chunk_width(case.D), block_dv=chunk_width(case.Dv), **change)
+    block_d, block_dv = chunk_widths(case.D, case.Dv)
+    return replace(ALWAYS, block_d=block_d, block_dv=block_dv, **change)
 
 
 def planned(
@@ -98,12 +99,12 @@ def check_shared(case: Case, config: SharedLaunch | None = None, max_len: int | 
 
 
 def plain_index(ranges: Tensor, S_kv: int, TQ: int, block_t: int) -> list[tuple[list, list, int]]:
-    """List for every query tile, in plain Python, its whole and its partial tiles with who selects them, and visits."""
+    """List for every query tile its whole and its partial tiles with who selects them, and visits (partial: half)."""
     found = []
     B, S, G = ranges.shape[:3]
     for b, first, g in ((b, first, g) for b in range(B) for first in range(0, S, TQ) for g in range(G)):
         who: dict[int, int] = {}
-        partial, visits = set(), 0
+        partial, visits = set(), 0.0
         for q, s in enumerate(range(first, min(first + TQ, S))):
             spans = ranges[b, s, g].tolist()
             times = Counter(t for start, end in spans for t in range(max(start, 0), min(end, S_kv)))
@@ -111,10 +112,11 @@ def plain_index(ranges: Tensor, S_kv: int, TQ: int, block_t: int) -> list[tuple[
                 tile for start, end in spans for tile in {t // block_t for t in range(max(start, 0), min(end, S_kv))}
             )
             for tile in touching:
-                visits += 1
                 who[tile] = who.get(tile, 0) | 1 << q
                 covered = all(times[t] == 1 for t in range(tile * block_t, (tile + 1) * block_t))
-                if not covered or touching[tile] > 1:
+                is_whole = covered and touching[tile] == 1
+                visits += 1.0 if is_whole else 0.5
+                if not is_whole:
                     partial.add(tile)
         whole = [(tile, mask) for tile, mask in sorted(who.items()) if tile not in partial]
         found.append((whole, [(tile, mask) for tile, mask in sorted(who.items()) if tile in partial], visits))
@@ -411,7 +413,8 @@ def test_triton_sel_parity_of_shared_tiles_in_a_graph():
     [
         ({"rows": 4}, "rows that are a power of two from 16 on"),
         ({"rows": 1024}, "rows .* for 1 to 64 queries"),
-        ({"block_d": 16}, "at most 4 column chunks"),
+        ({"block_d": 16, "block_dv": 16}, "at most 4 column chunks"),
+        ({"block_dv": 32}, "chunks of K and V of 16 columns, of 32, or of 64 and more"),
         ({"block_t": 24}, "tiles and chunks that are powers of two"),
     ],
 )

@@ -32,7 +32,7 @@ LAUNCHES = [  # and whether with an LSE
 ]
 SHARED_LAUNCHES = [  # and the rows' launch, and whether with an LSE
     (SharedLaunch(16, 16, 64, 64, 1, 1), LaunchConfig("gather", 16, 64, 64, 1, 1), True),
-    (SharedLaunch(64, 64, 32, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 64, 1, 1), False),
+    (SharedLaunch(64, 64, 64, 64, 4, 2, tma=True), LaunchConfig("tma", 16, 64, 64, 1, 1), False),
 ]
 calls: list[tuple] = []
 

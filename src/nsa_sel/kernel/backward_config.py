@@ -14,6 +14,9 @@ from .shared_config import SharedLaunch
 # 16 take 601 us and 8 take 629 us of the keys' pass, and 25 us more of the merge.
 SLOTS_PER_SM = 16
 NARROWEST = 64  # columns of a chunk: D and Dv have at most four
+# Visits per KV tile from which on a query tile shares, where the forward's may: a row costs more here than there, so
+# that sharing pays earlier. On an H200 all of 1.5 to 2.5 were slower, for selections at random by up to 17 %.
+BREAK_EVEN = 1.2
 LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
 
 

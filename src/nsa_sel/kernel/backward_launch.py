@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import kernel_failed
-from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits, shared_default
+from .backward_config import BREAK_EVEN, LEAST_BATCHES, BackwardLaunch, choose, fits, shared_default
 from .backward_index import KINDS, MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, MOST_SPANS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
@@ -29,7 +29,7 @@ from .launch import Plan, count_launches
 from .launch_config import MAX_SPANS, next_power_of_2
 from .shared_launch import Index, Passed, SharedPlan, eligible
 
-ROWS_EACH = 8  # of a program, at most, where query tiles may share. A guess, not measured.
+ROWS_EACH = 2  # of a program, where query tiles may share: with more those that do not share take longer
 MERGE_COLUMNS = 32  # of dk or dv that a program of the merge adds
 
 
@@ -51,7 +51,7 @@ def launch_for(
     forward = eligible(q, k, v, ranges, scale, min_len, max_len)
     if forward is None:
         return launch
-    return replace(launch, shared=replace(shared_default(call, gpu, launch.row, 0.0), break_even=forward.break_even))
+    return replace(launch, shared=replace(shared_default(call, gpu, launch.row, 0.0), break_even=BREAK_EVEN))
 
 
 class BackwardPlan(Plan):

@@ -20,7 +20,8 @@ CERTAIN_WORK, UNCERTAIN_WORK = 2**21, 2**24
 SHORTEST_UNCERTAIN = 1024  # tokens of a row: shorter ones are done before an index pays, unless queries must share
 FEWEST_QUERIES = 3.5  # of a query tile, on average: three that select at random gain nothing
 MAX_SHARED_SPANS = 64  # per row: a partial tile costs time for each
-SHORTEST_SPANS = 32  # tokens per span, on average: shorter ones make every tile partial
+SHORTEST_SPANS = 64  # tokens per span, on average: shorter ones make every tile partial, or more of them
+WIDEST = 128  # D and Dv: of wider ones two programs do not fit on an SM, and selections at random lose
 LONGEST_CONTEXT = 32  # times max_len: the index of a row grows with its context, the row itself does not
 
 
@@ -44,7 +45,7 @@ class SharedLaunch:
     partial_stages: int = 2
     tma: bool = False
     break_even: float = 0.0
-    rest_rows: int = 4
+    rest_rows: int = 1
     max_registers: int = 0
 
     def __str__(self) -> str:
@@ -68,6 +69,8 @@ class SharedLaunch:
         """Say what is expected in place of a launch that would compute these sizes wrongly, or not at all."""
         if self.rows & (self.rows - 1) or not max(16, next_power_of_2(H)) <= self.rows <= 64 * next_power_of_2(H):
             return "rows that are a power of two from 16 on, for 1 to 64 queries"
+        if min(self.block_d, 64) != min(self.block_dv, 64):
+            return "chunks of K and V of 16 columns, of 32, or of 64 and more"
         loop = LaunchConfig("whole", self.block_t, self.block_d, self.block_dv, self.num_warps, self.num_stages)
         return loop.problem(D, Dv)
 
@@ -95,6 +98,22 @@ class SharedLaunch:
         constants = {"TQ": TQ, "BLOCK_T": self.block_t, "WORDS": words, "SPANS": spans, "UNROLL": unroll}
         return constants | {"ONCE": words >= all_words}
 
+    def cover_warps(self, words: int, H: int) -> int:
+        """Return the warps of `_cover`, which takes so many words of each query at a time: as measured on an H200."""
+        queries = self.queries(H)
+        return 1 if queries * words <= 64 else 2 if queries <= 16 else 4
+
+
+def chunk_widths(D: int, Dv: int) -> tuple[int, int]:
+    """Return the columns per chunk of D and of Dv: with one swizzle, that of 64 columns and more, of 32, or of 16.
+
+    In a loop without pipeline K and V take turns in one buffer, and where V's swizzle is another ptxas 12.8, which
+    Triton 3.6 and 3.7 bring along, makes wrong code.
+    """
+    block_d, block_dv = chunk_width(D), chunk_width(Dv)
+    least = min(64, max(block_d, block_dv))
+    return max(block_d, least), max(block_dv, least)
+
 
 def shared_bytes(launch: SharedLaunch, D: int, Dv: int, element_bytes: int) -> int:
     """Estimate a program's shared memory in bytes: tiles in flight, q, and the exchange of weights and result."""
@@ -110,7 +129,7 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
         return None
     if call.n_spans > MAX_SHARED_SPANS or call.max_len < SHORTEST_SPANS * call.n_spans:
         return None
-    if S_kv > LONGEST_CONTEXT * call.max_len:
+    if max(call.D, call.Dv) > WIDEST or S_kv > LONGEST_CONTEXT * call.max_len:
         return None
     launch = default(call, gpu, break_even)
     tiles_of_sequence = -(-S // launch.queries(call.H))
@@ -128,16 +147,10 @@ def choose(call: Call, gpu: Gpu, S: int, S_kv: int) -> SharedLaunch | None:
 
 
 def default(call: Call, gpu: Gpu, break_even: float) -> SharedLaunch:
-    """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit.
-
-    Chunks of K and V have one swizzle, that of 64 columns and more, of 32, or of 16: in the loop without pipeline they
-    take turns in one buffer, and where V's is the narrower one ptxas 12.8 makes wrong code.
-    """
+    """Return a launch of 64 rows and KV tiles of 64, or 32 if spans are shorter, with the stages that fit."""
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2
     block_t = 64 if call.max_len >= 64 * call.n_spans else 32
-    block_d, block_dv = chunk_width(call.D), chunk_width(call.Dv)
-    least = min(64, max(block_d, block_dv))
-    launch = SharedLaunch(64, block_t, max(block_d, least), max(block_dv, least), 4, 3, 2, tma, break_even)
+    launch = SharedLaunch(64, block_t, *chunk_widths(call.D, call.Dv), 4, 3, 2, tma, break_even)
     if call.element_bytes == 4:  # products of fp32 take their operands from shared memory, and many registers
         launch = replace(launch, rows=32, block_t=32, num_warps=8, num_stages=1)
     while launch.num_stages > 1 and shared_bytes(launch, call.D, call.Dv, call.element_bytes) > gpu.shared_bytes:

@@ -202,7 +202,7 @@ class SharedPlan(Plan):
             tuple(cover[name] for name in _cover.arg_names[len(COVER_TENSORS) :]),
             tuple(shared[name] for name in _sel_shared.arg_names[len(SHARED_TENSORS) :]),
             (self.n_rows, *placed.arguments, self.TQ, next_power_of_2(self.shared.rest_rows)),
-            {"num_warps": 1 if self.TQ * constants["WORDS"] <= 32 else 4},  # a lane for each word of each query
+            {"num_warps": self.shared.cover_warps(constants["WORDS"], H)},
         )  # fmt: skip
 
     def run(
