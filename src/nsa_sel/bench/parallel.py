@@ -22,10 +22,10 @@ MOST_PROCESSES = 14  # more were not tried
 ORDINARY_TEST_BYTES = 600_000_000  # of GPU memory; a test that needs more is marked `much_memory`
 LARGEST_TEST_BYTES = 6_000_000_000  # K and V beyond 2**31 elements, and the paged cases of 65,536 tokens
 PROCESS_BYTES = 2 << 30  # a context takes about a quarter of it; torch caches more than one ordinary test needs
-# Seconds on an H200 with 16 cores, torch 2.11 and Triton 3.6. One process: measured on 2026-11-29, 449 tests. Several:
-# scaled to these from 366 tests of an earlier commit, which took 48 s in 14 processes.
+# Seconds on an H200, torch 2.11 and Triton 3.6, measured on 2026-11-29. One process: 449 tests, 16 cores. Several: 525
+# tests in 14 processes, on 32 cores of which 14 compiled other kernels meanwhile.
 ONE_PROCESS_S = 556.0
-ALL_PROCESSES_S = 14 * 48.0 * 449 / 366  # of all of them together
+ALL_PROCESSES_S = 14 * 178.0  # of all of them together
 
 
 def cores() -> int:
