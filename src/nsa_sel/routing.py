@@ -39,7 +39,8 @@ def decide(
     """Choose the backend of one call.
 
     gpu_name: the CUDA device that holds the tensors; None if they are not on one.
-    max_len: the longest row's L in tokens, or a function that finds it, called only if the length decides.
+    max_len: the longest row's L in tokens, or a function that finds it, called only if the length decides. It raises
+    UnsupportedError where the ranges cannot be read; `"auto"` then takes SDPA, which can do without.
     needs_grad: whether the result must be differentiable.
     unsupported: why the Triton kernel cannot run these tensors; None if it can.
     transformed: whether derivatives are those of torch.func, of forward mode or of a trace, and not the plain backward.
@@ -70,7 +71,10 @@ def decide(
         return Route(instead, f"gradients needed, and sel_triton_min_L has no training length for {gpu_name}")
     if threshold is None:
         return Route(instead, f"sel_triton_min_L is null (never) for {gpu_name}")
-    length = max_len() if callable(max_len) else max_len
+    try:
+        length = max_len() if callable(max_len) else max_len
+    except UnsupportedError as unknown:
+        return Route(instead, str(unknown))
     regime = " for training" if needs_grad else ""
     if length < threshold:
         return Route(instead, f"L={length} is below sel_triton_min_L={threshold}{regime}")

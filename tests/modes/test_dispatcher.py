@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa_sel
-from nsa_sel import UnsupportedError, dispatch, training
+from nsa_sel import UnsupportedError, dispatch, routing, training
 
 NAMES = ("q", "k", "v", "ranges")
 
@@ -232,18 +232,29 @@ def test_make_fx_records_one_operation(backend, hints, tracing_mode):
 @hinted_or_not
 @pytest.mark.parametrize("tracing_mode", ("real", "fake", "symbolic"))
 def test_make_fx_records_gradients(backend, hints, tracing_mode):
+    if backend == "packed_sdpa" and not hints and tracing_mode != "real":
+        with pytest.raises(UnsupportedError, match="max_len: value is None, expected min_len and max_len"):
+            assert_gradients_are_recorded(backend, hints, tracing_mode)
+        return
+    assert_gradients_are_recorded(backend, hints, tracing_mode)
+
+
+@pytest.mark.parametrize("tracing_mode", ("fake", "symbolic"))
+def test_make_fx_records_gradients_where_auto_would_train_by_a_length_that_it_cannot_read(tracing_mode, monkeypatch):
+    decide, on_h200 = routing.decide, {"gpu_name": "NVIDIA H200", "unsupported": None}
+    monkeypatch.setattr(routing, "decide", lambda backend, **call: decide(backend, **call | on_h200))
+    assert_gradients_are_recorded("auto", {}, tracing_mode)
+
+
+def assert_gradients_are_recorded(backend, hints, tracing_mode):
     def gradients(q, k, v, ranges):
         return torch.autograd.grad(call(backend, **hints)(q, k, v, ranges).sin().sum(), (q, k, v))
 
     q, k, v, ranges = inputs()
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    trace = make_fx(gradients, tracing_mode=tracing_mode)
-    if backend == "packed_sdpa" and not hints and tracing_mode != "real":
-        with pytest.raises(UnsupportedError, match="max_len: value is None, expected min_len and max_len"):
-            trace(*leaves, ranges)
-        return
+    recorded = make_fx(gradients, tracing_mode=tracing_mode)(*leaves, ranges)
     want = torch.autograd.grad(plain(*leaves, ranges).sin().sum(), leaves)
-    for got, exact in zip(trace(*leaves, ranges)(*leaves, ranges), want, strict=True):
+    for got, exact in zip(recorded(*leaves, ranges), want, strict=True):
         torch.testing.assert_close(got, exact, atol=1e-5, rtol=0)
 
 

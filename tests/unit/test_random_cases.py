@@ -157,24 +157,29 @@ def test_options_that_do_not_go_together_end_pytest_in_one_line(arguments, messa
 
 
 def test_on_a_gpu_the_whole_range_is_drawn_whatever_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert random_cases.of_matrix(RANDOM, seed=1, count=5) == draw(1, 5, within=SMALL)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert random_cases.of_matrix(RANDOM, seed=1, count=5) == FIRST[:5]
     assert len(random_cases.of_matrix(RANDOM)) == 300
 
 
-def test_tune_takes_them():
+@pytest.mark.parametrize("here", [SMALL, WHOLE])
+def test_tune_takes_them(here, monkeypatch):
+    monkeypatch.setattr(random_cases, "here", lambda: here)
     args = ["--sel-matrix", "random", "--sel-seed", "1", "--sel-count", "9", "-k", "S1-"]
     chosen = tune_command.select(tune_command.main_parser().parse_args(args))
-    assert chosen == [case for case in draw(1, 9, within=SMALL) if case.S == 1]
+    assert chosen == [case for case in draw(1, 9, within=here) if case.S == 1]
 
 
-def test_continuous_takes_them(capsys):
+@pytest.mark.parametrize("here", [SMALL, WHOLE])
+def test_continuous_takes_them(here, monkeypatch, capsys):
+    monkeypatch.setattr(random_cases, "here", lambda: here)
     asked = ["--base-dir", "a", "--head-dir", "b", "--sel-matrix", "random", "--sel-count", "9"]
     args = continuous_command.main_parser().parse_args(asked)
     assert (args.sel_matrix, args.sel_seed, args.sel_count) == ("random", None, 9)
     assert worker.choose("random", "bf16", None, ["equal"], seed=1, count=9) == [
-        case for case in draw(1, 9, within=SMALL) if "equal" in case.layout
+        case for case in draw(1, 9, within=here) if "equal" in case.layout
     ]
     with pytest.raises(SystemExit):
         continuous_command.main([*asked[:4], "--sel-seed", "3"])

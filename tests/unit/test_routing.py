@@ -23,6 +23,10 @@ def never_called():
     raise AssertionError("the length was asked for where it does not matter")
 
 
+def unreadable():
+    raise UnsupportedError("max_len: the ranges cannot be read")
+
+
 def test_auto_chooses_triton_on_a_measured_gpu():
     assert route() == Route("triton", "L=512 is at least sel_triton_min_L=32")
 
@@ -37,6 +41,12 @@ def test_the_threshold_is_inclusive(length, backend):
 def test_a_short_row_is_below_the_threshold_of_its_gpu():
     assert route(max_len=31).reason == "L=31 is below sel_triton_min_L=32"
     assert route(gpu_name="Other", max_len=48, use_triton_sel=True).reason == "L=48 is below sel_triton_min_L=64"
+
+
+@pytest.mark.parametrize("call", [{}, {"needs_grad": True, **TRAINS}])
+def test_a_length_that_cannot_be_read_leaves_auto_with_sdpa(call):
+    assert route(max_len=unreadable, **call) == Route("packed_sdpa", "max_len: the ranges cannot be read")
+    assert route(max_len=unreadable, use_sel_pack=False, **call).backend == "masked_sdpa"
 
 
 def test_auto_keeps_away_from_a_gpu_that_was_not_measured():
