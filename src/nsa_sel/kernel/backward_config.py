@@ -15,7 +15,7 @@ from .shared_config import SharedLaunch
 SLOTS_PER_SM = 16
 NARROWEST = 64  # columns of a chunk: D and Dv have at most four
 # Visits per KV tile from which on a query tile shares, where the forward's may: a row costs more here than there, so
-# that sharing pays earlier. On an H200 1.5 to 2.5 took up to 17 % more for selections at random, and the same for local.
+# that sharing pays earlier. On an H200 1.5 to 2.5 took up to 17 % more for random selections, and as much for local.
 BREAK_EVEN = 1.2
 LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
 
