@@ -102,8 +102,12 @@ def test_few_long_rows_are_split_and_many_are_not():
         (1, 1, 16384, 64, 8),
         (16, 1, 1024, 8, 8),
         (16, 1, 8192, 16, 8),  # two programs a multiprocessor
-        (4, 1, 256, 4, 4),
-        (4, 1, 128, 1, 1),
+        (4, 1, 512, 4, 4),  # parts of a large tile at least
+        (32, 1, 512, 4, 4),
+        (32, 1, 1024, 4, 1),  # each an SM of its own, where clusters of 4 would not all find a place
+        (64, 1, 1024, 1, 1),
+        (4, 1, 256, 1, 1),
+        (1, 1, 4096, 64, 8),  # a single row on half of the SMs
         (48, 8, 1024, 2, 2),
         (48, 8, 4096, 4, 4),
         (100, 8, 4096, 2, 2),
@@ -185,9 +189,49 @@ def test_rows_of_unequal_lengths_are_many_once_most_of_them_wait_for_others():
     assert choose("sm_90", N=32 * 132, **call).num_warps == 1
 
 
+@pytest.mark.parametrize(("N", "n_spans", "max_len"), [(32, 44, 6432), (66, 38, 4807), (188, 10, 1867), (500, 12, 772)])
+def test_several_spans_of_unequal_rows_are_gathered(N, n_spans, max_len):
+    """The longest row's spans would fill tiles; those of most rows do not."""
+    call = {"N": N, "D": 80, "Dv": 80, "n_spans": n_spans, "max_len": max_len}
+    assert choose("sm_90", **call).load == "gather"
+    assert choose("sm_90", **call, one_length=True).load == "tma"
+    assert choose("sm_90", **{**call, "max_len": 256 * n_spans}).load == "tma"
+
+
+def test_few_blocks_of_few_columns_are_gathered():
+    call = {"N": 6656, "n_spans": 6, "max_len": 384, "shared_kv": True}
+    assert [choose("sm_90", **call, D=D, Dv=D).load for D in (16, 48, 64)] == ["gather", "gather", "tma"]
+
+
+def test_rows_in_large_tiles_have_them_as_long_as_their_parts():
+    one = {"n_spans": 1, "one_length": True}
+    for N, max_len, block_l, stages in ((4, 256, 256, 2), (32, 512, 128, 2), (32, 1024, 256, 2), (4, 512, 128, 3)):
+        config = choose("sm_90", N=N, max_len=max_len, **one, D=64)
+        assert (config.load, config.block_l, config.num_stages) == ("tma", block_l, stages), (N, max_len)
+
+
+def test_rows_for_every_sm_have_two_warps_only_where_these_hold_the_result():
+    one = {"N": 248, "n_spans": 1, "max_len": 930, "one_length": True}
+    assert [choose("sm_90", **one, H=H, D=D, Dv=D).num_warps for H, D in ((16, 128), (32, 128), (16, 224))] == [2, 4, 4]
+
+
+def test_long_parts_keep_three_stages():
+    one = {"N": 24, "H": 3, "D": 160, "Dv": 64, "n_spans": 1, "one_length": True}
+    assert [choose("sm_90", **one, max_len=length).num_stages for length in (1000, 4657)] == [2, 3]
+
+
+def test_more_than_32_heads_have_tiles_of_32_where_these_fit_the_row_or_the_registers():
+    def tiles(**change):
+        return choose("sm_90", H=52, n_spans=4, **change).block_l
+
+    assert [tiles(N=100, max_len=length) for length in (32, 48, 100, 200)] == [32, 64, 32, 64]
+    assert [tiles(N=7336, max_len=407, D=D, Dv=D) for D in (96, 128)] == [64, 32]
+
+
 def test_a_program_is_one_warp_only_where_its_threads_hold_result_and_q():
     assert [choose("sm_90", N=2000, H=32, D=D, Dv=D).num_warps for D in (128, 160)] == [1, 2]
     assert [choose("sm_90", N=2000, H=64, D=D, Dv=D).num_warps for D in (32, 64)] == [1, 4]
+    assert [choose("sm_90", N=N, H=64, D=16, Dv=16).num_warps for N in (656, 5000)] == [4, 1]
 
 
 def test_ranges_of_parts_meet():

@@ -56,7 +56,7 @@ def test_a_choice_is_explained_field_by_field(gpu):
 def test_every_rule_decides_some_call_and_says_something_of_its_own():
     asked = [(call, gpu) for gpu in GPUS.values() for call in calls(10_000)]
     said = {rules.decide(call, gpu).rule for call, gpu in asked}
-    ladder = [rule for _, rule, _ in rules._tiles(Call(1, 8, 128, 128, 1, 1024), GPUS["sm_90"], 8)]
+    ladder = [rule for _, rule, _ in rules._tiles(Call(1, 8, 128, 128, 1, 1024), GPUS["sm_90"], 8, 8)]
     assert len(ladder) == len(set(ladder)) <= 30 and said == set(ladder)
     assert all(rule and rule == rule.strip() and len(rule) < 90 for rule in said)
 

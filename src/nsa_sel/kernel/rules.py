@@ -66,12 +66,12 @@ def decide(call: Call, gpu: Gpu) -> Choice:
     """Choose the launch of a call on a GPU, and say by which rule."""
     call = replace(call, N=max(call.N, 1), n_spans=max(call.n_spans, 1))
     splits, cluster, parts = _parts(call, gpu)
-    rule, tile = next((rule, tile) for applies, rule, tile in _tiles(call, gpu, cluster) if applies)
+    rule, tile = next((rule, tile) for applies, rule, tile in _tiles(call, gpu, splits, cluster) if applies)
     limit = gpu.shared_bytes
     if cluster > 2 and 2 * call.N * splits > gpu.sm_count:
         # Not every group of multiprocessors is a multiple of a cluster: two programs must find a place on one.
         limit //= 2
-        if cluster == 8 and call.N * splits > gpu.sm_count:
+        if cluster == 8 and call.N * splits > gpu.sm_count and call.max_len < 2048:
             tile = tile._replace(num_stages=min(tile.num_stages, 2))
     (load, block_l, warps, stages, registers), widths = tile, (chunk_width(call.D), chunk_width(call.Dv))
     wanted = LaunchConfig(load, block_l, *widths, warps, stages, splits, registers, cluster)
@@ -83,22 +83,27 @@ def decide(call: Call, gpu: Gpu) -> Choice:
     return Choice(launch, rule, parts, wanted)
 
 
-def _tiles(call: Call, gpu: Gpu, cluster: int) -> Iterator[tuple[bool, str, Tile]]:
+def _tiles(call: Call, gpu: Gpu, splits: int, cluster: int) -> Iterator[tuple[bool, str, Tile]]:
     """Yield rules: whether one applies, what for, and its tile. The first that applies decides."""
     length, n, heads, rows_per_sm = call.max_len, call.n_spans, padded_heads(call.H), call.N / gpu.sm_count
     d, dv = (padded_width(width, chunk_width(width)) for width in (call.D, call.Dv))
     width, held = d + dv, heads * (d + 2 * dv)  # registers hold the result in fp32, and q in 16 bits
+    measured = gpu.has_clusters  # on an H200; what was learnt there last does not change other GPUs
     span, few, many, light = length / n, rows_per_sm < 1, rows_per_sm >= 3, heads == 16
     # An SM has room for 32 programs: where more wait, it is no longer the longest rows that decide.
     unequal = n == 1 and not call.one_length and rows_per_sm < 32
     # A small program is one warp where its threads hold the row's result and q; four warps share `wgmma`.
-    one_warp = light or (many and n <= 256 and held <= (12_288 if heads == 32 else 6144))
+    enough = many and (heads < 64 or rows_per_sm >= 8 or not measured)  # few small programs leave an SM idle
+    one_warp = light or (enough and n <= 256 and held <= (12_288 if heads == 32 else 6144))
     warps = 1 if one_warp else 2 if heads == 32 and many else 4
     # Tiles of fp32 that come by TMA would pass through shared memory twice; `wgmma` is fed by gathers.
     tma = gpu.has_tma and call.fits_tma and call.element_bytes == 2 and (heads < 64 or one_warp)
     whole = "tma" if tma else "whole"
     long = width <= 384 and span >= (32 if n <= 128 else 16)  # wider tiles of 32 do not fit into a warp's registers
-    blocks = many and one_warp and long and (call.shared_kv or (n > 8 and tma))
+    # Where rows are unequal most have far shorter spans than the longest row, and few columns make TMA slow.
+    broken = 1 < n <= 64 and span < 256 and not (call.one_length or call.shared_kv)
+    gathered = measured and (broken or (n <= 8 and width <= 96))
+    blocks = many and one_warp and long and (call.shared_kv or (n > 8 and tma)) and not gathered
     even = n == 1 and call.one_length and tma
     large = even and length % 128 == 0  # what is left of tiles is read in small ones
 
@@ -108,10 +113,12 @@ def _tiles(call: Call, gpu: Gpu, cluster: int) -> Iterator[tuple[bool, str, Tile
     rule = "blocks of many rows: one warp streams whole tiles"
     yield blocks and tma and span >= 64 and heads * width <= 4096, f"{rule} of 64", Tile("tma", 64, 1, 2, 232)
     yield blocks, f"{rule} of 32", Tile(whole, 32, 1, 2, 152 if tma and 256 < width <= 320 else 0)
-    yield n > 8 and span >= 56 and not many and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
+    few_blocks = n > 8 and span >= 56 and not (many or gathered)
+    yield few_blocks and heads < 64, "blocks of few rows: whole tiles", Tile(whole, 64, 4, 3)
     yield n > 128, "more than 128 short spans: 4 warps", Tile("gather", 32, 4, 2)
     yield n > 64 and not (many and held <= 6144), "65 to 128 spans: 4 warps", Tile("gather", 64 if light else 32, 4, 2)
-    yield warps == 4 and heads == 64 and length < 128, "more than 32 heads, short rows", Tile("gather", 32, 4, 2)
+    small = (length <= 32 or 64 < length < 128 or (many and width > 192)) if measured else length < 128
+    yield warps == 4 and heads == 64 and small, "more than 32 heads, short or wide rows", Tile("gather", 32, 4, 2)
     yield warps == 4 and heads == 64, "more than 32 heads: 4 warps", Tile("gather", 64, 4, 3 if width <= 128 else 2)
     yield length <= 32 and many, "many rows of up to 32 tokens: small programs", Tile("gather", 16, warps, 2)
     yield length <= 32, "rows of up to 32 tokens: one tile", Tile("gather", 32, 2, 3)
@@ -120,17 +127,25 @@ def _tiles(call: Call, gpu: Gpu, cluster: int) -> Iterator[tuple[bool, str, Tile
     yield unequal and not many and not few and not light, f"{rule}, few rows", Tile("gather", 32, 2, 3)
     rule = "rows of unequal lengths: the longest decide"
     yield unequal and length > 256 and width <= 128, f"{rule}, narrow ones", Tile("gather", 128, 4, 3)
-    yield unequal and tma and length > (1024 if many else 256), f"{rule}, long ones", Tile("tma", 64, 4, 3)
-    yield unequal and length > 64 and (length > 256 or width > 192), rule, Tile("gather", 64, 4, 3)
+    in_parts = measured and length <= 1024 and rows_per_sm <= 1 / 2
+    tile = Tile("tma", 128, 4, 2 if rows_per_sm <= 1 / 8 else 3) if in_parts else Tile("tma", 64, 4, 3)
+    yield unequal and tma and length > (1024 if many else 256), f"{rule}, long ones", tile
+    stages = 2 if measured and many and length <= 256 else 3
+    yield unequal and length > 64 and (length > 256 or width > 192), rule, Tile("gather", 64, 4, stages)
     yield even and many and length % 64 == 0 and width > 192, "many wide rows of one length", Tile("tma", 64, 2, 2)
     yield large and not few and (length > 256 or not many), "rows of one length for every SM", Tile("tma", 128, 2, 2)
     yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
     yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
-    yield not few and width <= 128 and length > 256, "rows for every SM, narrow and long", Tile("gather", 128, 4, 3)
-    yield not few, "rows for every SM", Tile("gather", 64, 2 if n > 1 or tma else 4, 3)
+    narrow = length > 384 or 64 < length <= 128 if measured else length > 256
+    tile = Tile("gather", 128, 4, 3 if length > 128 else 2)
+    yield not few and width <= 128 and narrow, "rows for every SM, narrow: large tiles", tile
+    two_warps = n > 1 or (tma and (held <= 8192 or not measured))
+    yield not few, "rows for every SM", Tile("gather", 64, 2 if two_warps else 4, 3)
     yield length <= 64, "few rows of one tile", Tile("gather", 64, 2, 3) if n > 1 else Tile("gather", 64, 4, 2)
-    yield large and light and length <= 256, "few rows of one length and large tile", Tile("tma", length, 4, 2)
-    yield large and light, "few rows of one length", Tile("tma", 128, 4, 3)
+    part = length // splits if measured and cluster == 1 else length
+    yield large and light and part <= 256, "few rows of one length: a tile each", Tile("tma", part, 4, 2)
+    stages = 2 if measured and 1 / 16 < rows_per_sm <= 1 / 4 else 3
+    yield large and light, "few rows of one length", Tile("tma", 128, 4, stages)
     yield cluster <= 2 and light and n <= 8, "few rows without large clusters: large tiles", Tile("gather", 128, 4, 3)
     yield True, "few rows: parts", Tile("gather", 64, 4, 3)
 
@@ -147,17 +162,23 @@ def _parts(call: Call, gpu: Gpu) -> tuple[int, int, str]:
         why = f"parts of {part} tokens or more, until programs fill the GPU: the last to arrive merges"
         return max(1, min(gpu.sm_count // call.N, length // part, MAX_SPLITS)), 1, why
     longest = call.n_spans == 1 and not call.one_length  # few rows, if any, are as long as the longest
+    # Rows in large tiles by TMA: one program streams what an SM can read, and a part is a tile at least.
+    large = call.n_spans == 1 and call.one_length and call.H <= 16 and length % 128 == 0 and call.element_bytes == 2
+    late = large and call.D + call.Dv > 192 and rows_per_sm > 1 / 4
     if longest and length > 256 and rows_per_sm <= 4 and (length > 1024 or rows_per_sm <= 1 / 2 or call.H > 16):
-        splits = (8 if rows_per_sm <= 1 / 8 else 4) // (1 if length > 1024 else 2)
+        splits = (8 if rows_per_sm <= 1 / 8 else 4) // (1 if length > 1024 and rows_per_sm <= 3 else 2)
         why = "rows of unequal lengths are split for the longest, as clusters"
-    elif rows_per_sm > 1 or length < max(256, 2048 * rows_per_sm):
+    elif rows_per_sm > 1 or length < max(512 if large else 256, (4096 if late else 2048) * rows_per_sm):
         return 1, 1, "one part: a merge would cost more than it saves"
+    elif large and 512 < length <= 1024 and 1 / 8 < rows_per_sm <= 1 / 4 and call.D + call.Dv > 128:
+        return length // 256, 1, "parts of a tile of 256 tokens, one a multiprocessor: the last to arrive merges"
     else:
         most = 8 if rows_per_sm <= 1 / 4 else 4 if rows_per_sm <= 1 / 2 and length >= 2048 else 2
-        splits = min(most, 1 << round(math.log2(length / 64)))
-        why = "parts of about 64 tokens or more, until two programs a multiprocessor: a cluster merges"
+        tile = 128 if large else 64
+        splits = min(most, 1 << round(math.log2(length / tile)))
+        why = f"parts of about {tile} tokens or more, until two programs a multiprocessor: a cluster merges"
     room = gpu.sm_count // (8 * call.N), gpu.sm_count // (4 * call.N)  # clusters of a row: by 1 and by 2 programs an SM
-    clusters = min(max(room[0], min(room[1], 2)), length // 2048, MAX_SPLITS // 8)
+    clusters = min(max(room[0], min(room[1], 2)), max(length // 2048, length // (512 * call.N)), MAX_SPLITS // 8)
     if splits == 8 and clusters > 1:
         # Where each multiprocessor streams many tiles, pairs occupy more of them than clusters of 8 do.
         return 8 * clusters, 2 if length >= 8192 * clusters else 8, "few long rows: parts on every multiprocessor"
