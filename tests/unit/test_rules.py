@@ -215,6 +215,13 @@ def test_rows_for_every_sm_have_two_warps_only_where_these_hold_the_result():
     assert [choose("sm_90", **one, H=H, D=D, Dv=D).num_warps for H, D in ((16, 128), (32, 128), (16, 224))] == [2, 4, 4]
 
 
+def test_rows_of_one_tile_have_launches_of_the_matrix():
+    some = choose("sm_90", N=64, max_len=32)
+    assert (some.load, some.block_l, some.num_stages) == ("gather", 32, 2)
+    one = choose("sm_90", N=256, n_spans=1, max_len=64, one_length=True)
+    assert (one.load, one.block_l, one.num_warps) == ("tma", 64, 2)
+
+
 def test_long_parts_keep_three_stages():
     one = {"N": 24, "H": 3, "D": 160, "Dv": 64, "n_spans": 1, "one_length": True}
     assert [choose("sm_90", **one, max_len=length).num_stages for length in (1000, 4657)] == [2, 3]

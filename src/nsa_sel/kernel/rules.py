@@ -121,7 +121,7 @@ def _tiles(call: Call, gpu: Gpu, splits: int, cluster: int) -> Iterator[tuple[bo
     yield warps == 4 and heads == 64 and small, "more than 32 heads, short or wide rows", Tile("gather", 32, 4, 2)
     yield warps == 4 and heads == 64, "more than 32 heads: 4 warps", Tile("gather", 64, 4, 3 if width <= 128 else 2)
     yield length <= 32 and many, "many rows of up to 32 tokens: small programs", Tile("gather", 16, warps, 2)
-    yield length <= 32, "rows of up to 32 tokens: one tile", Tile("gather", 32, 2, 3)
+    yield length <= 32, "rows of up to 32 tokens: one tile", Tile("gather", 32, 2, 2 if measured and 1 < n <= 8 else 3)
     rule = "rows of unequal lengths, many heads or narrow: two warps"
     yield unequal and many and length > 128 and (not light or width <= 128), rule, Tile("gather", 64, 2, 3)
     yield unequal and not many and not few and not light, f"{rule}, few rows", Tile("gather", 32, 2, 3)
@@ -133,7 +133,9 @@ def _tiles(call: Call, gpu: Gpu, splits: int, cluster: int) -> Iterator[tuple[bo
     stages = 2 if measured and many and length <= 256 else 3
     yield unequal and length > 64 and (length > 256 or width > 192), rule, Tile("gather", 64, 4, stages)
     yield even and many and length % 64 == 0 and width > 192, "many wide rows of one length", Tile("tma", 64, 2, 2)
-    yield large and not few and (length > 256 or not many), "rows of one length for every SM", Tile("tma", 128, 2, 2)
+    one_tile = measured and even and not (few or many) and length == 64 and width > 128
+    for_every_sm = one_tile or (large and not few and (length > 256 or not many))
+    yield for_every_sm, "rows of one length for every SM", Tile("tma", min(length, 128), 2, 2)
     yield many and not light, "many rows, many heads", Tile("gather", 32 if n <= 32 and heads == 32 else 16, warps, 3)
     yield many, "many rows: small programs of one warp", Tile("gather", 16, 1, 3)
     narrow = length > 384 or 64 < length <= 128 if measured else length > 256
