@@ -23,7 +23,7 @@ def test_the_launch_on_an_h200_is_the_one_that_its_sweep_found(H):
 @pytest.mark.parametrize(("D", "block_t"), [(128, 64), (192, 32)])
 def test_wide_rows_that_share_have_short_tiles(D, block_t):
     call = Call(65_536, 16, D, 128, 16, 1024, shared_kv=True)
-    launch = shared_default(call, H200, choose(call, H200).row, 1.5)
+    launch = shared_default(call, H200, choose(call, H200).row)
     assert (launch.rows, launch.block_t, launch.num_warps, launch.num_stages, launch.tma) == (64, block_t, 4, 2, True)
 
 
@@ -34,6 +34,6 @@ def test_rows_that_share_fit_into_shared_memory(gpu, element_bytes):
         call = replace(shape, element_bytes=element_bytes)
         if not fits(call, gpu):
             continue
-        launch = shared_default(call, gpu, choose(call, gpu).row, 1.5)
+        launch = shared_default(call, gpu, choose(call, gpu).row)
         assert dq_shared_bytes(launch, call) <= gpu.shared_bytes, launch
         assert launch.problem(call.H, call.D, call.Dv) is None

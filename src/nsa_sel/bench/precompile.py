@@ -13,6 +13,7 @@ import torch
 
 from ..kernel import launch, shared_launch
 from ..kernel.launch_config import span_bucket
+from ..kernel.shared_config import row_of
 from .methods.fused import Packing, packing_of
 from .suite.cases import TRITON_METHODS, Case
 from .suite.inputs import TORCH_DTYPES, Inputs
@@ -72,7 +73,7 @@ def _variant(case: Case, x: Inputs) -> Variant:
     shared = shared_launch.eligible(x.q, x.k, x.v, x.ranges, None, x.min_len, x.max_len)
     if shared is None:
         return Variant(*row, span_bucket(n_spans), config.with_fewest_parts())
-    return Variant(*row, n_spans, shared_launch.row_of(config), shared, x.k.shape[2])
+    return Variant(*row, n_spans, row_of(config), shared, x.k.shape[2])
 
 
 def blank(case: Case, core: bool, device: str) -> Inputs:

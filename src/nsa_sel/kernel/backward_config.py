@@ -16,7 +16,7 @@ SLOTS_PER_SM = 16
 NARROWEST = 64  # columns of a chunk: D and Dv have at most four
 # Visits per KV tile from which on a query tile shares, where the forward's may: a row costs more here than there, so
 # that sharing pays earlier. On an H200 1.5 to 2.5 took up to 17 % more for random selections, and as much for local.
-BREAK_EVEN = 1.2
+DQ_BREAK_EVEN = 1.2
 LEAST_BATCHES = 8  # of queries per chunk: writing and merging its sums costs about as much as one. Not measured.
 
 
@@ -91,9 +91,9 @@ def choose(call: Call, gpu: Gpu) -> BackwardLaunch:
     return _fit(replace(launch, slots=SLOTS_PER_SM * gpu.sm_count), call, gpu.shared_bytes)
 
 
-def shared_default(call: Call, gpu: Gpu, row: LaunchConfig, break_even: float) -> SharedLaunch:
+def shared_default(call: Call, gpu: Gpu, row: LaunchConfig) -> SharedLaunch:
     """Return a launch of the rows that share: the forward's tiles, with the stages and tokens that fit beside dO."""
-    launch = shared_config.default(call, gpu, break_even)
+    launch = shared_config.default(call, gpu, DQ_BREAK_EVEN)
     tma = launch.tma and row.load == "tma"
     wide_products = tma and gpu.shared_bytes > SMALLEST_SHARED_BYTES
     warps, rows = 4 if wide_products else 8, max(launch.rows, next_power_of_2(call.H))

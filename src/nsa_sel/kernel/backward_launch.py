@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import kernel_failed
-from .backward_config import BREAK_EVEN, LEAST_BATCHES, BackwardLaunch, choose, fits, shared_default
+from .backward_config import LEAST_BATCHES, BackwardLaunch, choose, fits, shared_default
 from .backward_index import KINDS, MARK_SIZES, _count, _list, _mark, _share_out
 from .backward_keys import KEY_TENSORS, MOST_SPANS, _sel_bwd_keys, _sel_bwd_merge
 from .backward_rows import ROW_TENSORS, _sel_bwd_rows
@@ -48,10 +48,9 @@ def launch_for(
     """Return the launch of a call: its queries may share tiles where those of the forward may."""
     call, gpu = call_of(q, k, v, ranges, max_len=max_len), gpu_of(q.device)
     launch = choose(call, gpu)
-    forward = eligible(q, k, v, ranges, scale, min_len, max_len)
-    if forward is None:
+    if eligible(q, k, v, ranges, scale, min_len, max_len) is None:
         return launch
-    return replace(launch, shared=replace(shared_default(call, gpu, launch.row, 0.0), break_even=BREAK_EVEN))
+    return replace(launch, shared=shared_default(call, gpu, launch.row))
 
 
 class BackwardPlan(Plan):

@@ -115,6 +115,14 @@ def chunk_widths(D: int, Dv: int) -> tuple[int, int]:
     return max(block_d, least), max(block_dv, least)
 
 
+def row_of(config: LaunchConfig) -> LaunchConfig:
+    """Return the launch of the rows that share nothing, from that of a call of such rows.
+
+    The loop over rows takes more registers than a row, and shared memory is what is scarce.
+    """
+    return replace(config, splits=1, cluster=1, max_registers=0)
+
+
 def shared_bytes(launch: SharedLaunch, D: int, Dv: int, element_bytes: int) -> int:
     """Estimate a program's shared memory in bytes: tiles in flight, q, and the exchange of weights and result."""
     k_columns, v_columns = padded_width(D, launch.block_d), padded_width(Dv, launch.block_dv)

@@ -22,7 +22,7 @@ from .kv import MAX_TMA_ROWS, Placed, lie_of
 from .launch import Plan, count_launches, empty, launch_for
 from .launch_config import LaunchConfig, next_power_of_2
 from .shared import SHARED_TENSORS, _sel_rest, _sel_shared
-from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, MAX_SHARED_SPANS, SharedLaunch, choose
+from .shared_config import BREAK_EVEN, MAX_INDEX_BYTES, MAX_SHARED_SPANS, SharedLaunch, choose, row_of
 from .start import Start
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, ranges, out, lse
@@ -110,14 +110,6 @@ def eligible(
     if launch is None or row.splits > 1:  # so few rows leave multiprocessors idle
         return None
     return launch if row.load == "tma" else replace(launch, tma=False)
-
-
-def row_of(config: LaunchConfig) -> LaunchConfig:
-    """Return the launch of the rows that share nothing, from that of a call of such rows.
-
-    The loop over rows takes more registers than a row, and shared memory is what is scarce.
-    """
-    return replace(config, splits=1, cluster=1, max_registers=0)
 
 
 class SharedPlan(Plan):

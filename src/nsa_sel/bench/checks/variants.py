@@ -117,8 +117,7 @@ def sharing(
     call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
     launch = shared_config.default(call, gpu, 2.0)
     launch = replace(launch, tma=launch.tma and of_rows.config.load == "tma")
-    config = replace(of_rows.config, splits=1, cluster=1, max_registers=0)
-    return replace(of_rows, config=config, kernel=kernel, shared=launch, in_matrix=False)
+    return replace(of_rows, config=shared_config.row_of(of_rows.config), kernel=kernel, shared=launch, in_matrix=False)
 
 
 def backward(
@@ -128,7 +127,7 @@ def backward(
     call = replace(shape, element_bytes=ELEMENT_BYTES[dtype], fits_tma=tensors != "odd strides")
     launch = backward_config.choose(call, gpu)
     if kernel in BACKWARD_SHARED_KERNELS:
-        launch = replace(launch, shared=backward_config.shared_default(call, gpu, launch.row, 2.0))
+        launch = replace(launch, shared=backward_config.shared_default(call, gpu, launch.row))
     spans = span_bucket(shape.n_spans)
     widths = shape.H, shape.D, shape.Dv
     return Variant(arch, dtype, *widths, spans, launch.row, tensors, False, kernel, backward=launch)
