@@ -19,6 +19,7 @@ from .shared_tiles import (
     load_spans_of_queries,
     only_span,
     query_tile_at,
+    selected_once,
     store_rows,
 )
 
@@ -150,11 +151,8 @@ def _sel_bwd_shared(
         token = tile * BLOCK_T
         at = desc_row + token
         tokens = tl.minimum(token + offs_t, S_kv - 1)
-        first, last, most = only_span(start, end, token, HEADS, BLOCK_T)
-        left = (most > 1).to(tl.int32)
+        selects, left = selected_once(start, end, token, HEADS, BLOCK_T)
         n_left += left
-        last = tl.where(left != 0, 0, last)
-        selects = (offs_t[None, :] >= first[:, None]) & (offs_t[None, :] < last[:, None])
         dq0, dq1, dq2, dq3 = take_tile(
             q0, q1, q2, q3, do0, do1, do2, do3, dq0, dq1, dq2, dq3, lse2, minus_delta, scale_log2,
             k_desc if TMA else k_row, v_desc if TMA else v_row,
