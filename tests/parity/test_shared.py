@@ -179,6 +179,16 @@ def test_a_query_tile_shares_from_the_break_even_on():
     assert check_index(ALIKE_AND_APART, 6 * BLOCK, H, 2.5) == [True, False, False]
 
 
+def test_tiles_that_are_selected_in_part_count_as_half_a_visit():
+    """Spans between tiles: a row on its own reads half of each tile that it touches."""
+    alike = [(BLOCK // 2, BLOCK // 2 + BLOCK), (3 * BLOCK - 1, 4 * BLOCK - 1)]
+    between = rows(*[alike] * 4)
+    assert check_index(between, 5 * BLOCK, here(16, 4), 1.4) == [True]
+    assert check_index(between, 5 * BLOCK, here(16, 4), 2.0) == [False]
+    aligned = rows(*[[(0, BLOCK), (3 * BLOCK, 4 * BLOCK)]] * 4)
+    assert check_index(aligned, 5 * BLOCK, here(16, 4), 2.0) == [True]
+
+
 def test_a_plan_says_how_much_a_call_shares():
     case = Case(ALIKE_AND_APART, 6 * BLOCK, H=here(16, 4), D=16, Dv=16)
     for break_even, share, listed in ((0.0, 1, (2 + 4 + 1) / 3), (2.5, 1 / 3, 2), (9.0, 0, 0)):
